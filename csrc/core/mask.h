@@ -1,0 +1,55 @@
+// Masks as intervals.  Every structured mask (causal, window, key lengths) and every intersection of them lets
+// query i see one interval of keys, [lo, hi).  A tile of queries is then described by two intervals: keys that any
+// of its queries sees, and keys that all of them see.  Tiles of keys are skipped outside the first, taken whole
+// inside the second, and only what lies between needs a look at single elements.
+#pragma once
+#include "core/host_device.h"
+#include "core/params.h"
+
+namespace attn_ext {
+
+struct KeyInterval {
+  int64_t lo, hi;  // keys lo <= j < hi
+
+  ATTN_HD bool empty() const { return lo >= hi; }
+  ATTN_HD bool contains(int64_t j) const { return lo <= j && j < hi; }
+};
+
+ATTN_HD int64_t min_i64(int64_t a, int64_t b) { return a < b ? a : b; }
+ATTN_HD int64_t max_i64(int64_t a, int64_t b) { return a > b ? a : b; }
+
+// The keys query i of a batch element may attend to (dense masks aside).  Bands may be anything an int64 holds:
+// they are brought into [-query_len, kv_len] before they are added to an index.
+ATTN_HD KeyInterval visible_keys(const MaskParams& mask, const AttentionShape& shape, int64_t batch, int64_t i) {
+  KeyInterval keys{0, shape.kv_len};
+  if (mask.key_lengths) keys.hi = max_i64(0, min_i64(keys.hi, mask.key_lengths[batch]));
+  if (mask.band_lower > -shape.query_len) keys.lo = max_i64(0, i + min_i64(mask.band_lower, shape.kv_len));
+  if (mask.band_upper < shape.kv_len) {
+    keys.hi = min_i64(keys.hi, i + max_i64(mask.band_upper, -shape.query_len - 1) + 1);
+  }
+  if (keys.hi < 0) keys.hi = 0;
+  if (keys.lo > keys.hi) keys.lo = keys.hi;
+  return keys;
+}
+
+enum class TileClass { skip, full, partial };
+
+// What a tile of queries sees: `any` covers the keys at least one query sees, `all` the keys every query sees.
+struct TileKeys {
+  KeyInterval any, all;
+
+  ATTN_HD static TileKeys of(KeyInterval keys) { return {keys, keys}; }
+  ATTN_HD void add(KeyInterval keys) {
+    if (!keys.empty()) {
+      any = any.empty() ? keys : KeyInterval{min_i64(any.lo, keys.lo), max_i64(any.hi, keys.hi)};
+    }
+    all = {max_i64(all.lo, keys.lo), min_i64(all.hi, keys.hi)};
+  }
+  // The class of the keys [begin, end), begin < end.
+  ATTN_HD TileClass classify(int64_t begin, int64_t end) const {
+    if (any.empty() || end <= any.lo || begin >= any.hi) return TileClass::skip;
+    return all.lo <= begin && end <= all.hi ? TileClass::full : TileClass::partial;
+  }
+};
+
+}  // namespace attn_ext

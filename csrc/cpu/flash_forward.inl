@@ -1,0 +1,396 @@
+// Flash attention forward (Dao et al. 2022, 2023), queries in lanes.
+//
+// A SIMD lane is a query.  Qt[d][lane] is transposed once per tile of queries; then for every tile of keys
+//   S^T[n][lane]  = sum_d K[n][d] * Qt[d][lane]            K is broadcast, neither packed nor transposed
+//   P^T[n][lane]  = 2^(S - m)                              maximum, weights and sums are lane by lane: no reductions
+//   O^T[d][lane]  = alpha * O^T + sum_n V[n][d] * P^T[n][lane]
+// and O^T is transposed back once.  Memory beyond inputs and outputs: one tile per thread, and K and V once more where
+// they must be converted or interleaved (see KeyTiles).
+namespace attn_ext::cpu {
+namespace {
+
+template <class Arith>
+struct ForwardTile {
+  using Acc = typename Arith::Acc;
+  static constexpr int kLaneGroups = 4;                                // of kGroupLanes queries each
+  static constexpr int kQueries = kLaneGroups * kGroupLanes<Acc>;
+  static constexpr int kMaxKeys = 192 * Arith::kPerWord;               // scores of a group stay in L1, K and V in L2
+};
+
+// A tile of keys as the products want it.  Rows from the last key on, up to a multiple of kRowQuantum, are zeros.
+template <class Word>
+struct KeyTile {
+  const Word *k, *v;         // [rows][k_row], [rows / numbers per word][v_row]
+  int64_t k_row, v_row;      // in words
+  int64_t begin;
+  int rows;
+  bool value_is_finite;
+};
+
+// Hands out tiles of keys: from the tensors themselves where their layout allows it, else from packed copies.
+template <class Arith, class T>
+struct KeyTiles {
+  using Word = typename Arith::Word;
+  const ForwardParams& p;
+  const int64_t k_words = div_up(p.shape.head_dim, Arith::kPerWord);
+  const int64_t v_columns = round_up(p.shape.value_dim, kRowQuantum);
+  // Tiles of equal length: a short last one would leave its row blocks half empty.
+  const int64_t keys = round_up(
+      div_up(max_i64(1, p.shape.kv_len), max_i64(1, div_up(p.shape.kv_len, ForwardTile<Arith>::kMaxKeys))), kMaxRows);
+  const int64_t tiles = div_up(p.shape.kv_len, keys);
+  const bool natural = std::is_same_v<T, Word> && v_columns == p.shape.value_dim;
+  const bool checks_finite = p.mask.key_lengths || p.mask.bias.data || p.mask.band_lower > -p.shape.query_len ||
+                             p.mask.band_upper < p.shape.kv_len;
+
+  struct Store {  // packed tiles and whether their values are finite
+    Word *k, *v;
+    bool* finite;
+    void take(Pieces& pieces, const KeyTiles& t, int64_t tiles) {
+      k = pieces.take<Word>(tiles * t.keys * t.k_words);
+      v = pieces.take<Word>(tiles * t.keys / Arith::kPerWord * t.v_columns);
+      finite = pieces.take<bool>(tiles);
+    }
+  };
+
+  int valid_keys(int64_t tile) const { return static_cast<int>(min_i64(keys, p.shape.kv_len - tile * keys)); }
+  KeyTile<Word> packed(const Store& store, int64_t slot, int64_t tile) const {
+    return {store.k + slot * keys * k_words, store.v + slot * keys / Arith::kPerWord * v_columns, k_words, v_columns,
+            tile * keys, static_cast<int>(round_up(valid_keys(tile), kRowQuantum)), store.finite[slot]};
+  }
+  void pack(const Store& store, int64_t slot, int64_t batch, int64_t kv_head, int64_t tile) const {
+    const int valid = valid_keys(tile), rows = static_cast<int>(round_up(valid, kRowQuantum));
+    const T* k = row_pointer<T>(p.key, batch, kv_head, tile * keys);
+    const T* v = row_pointer<T>(p.value, batch, kv_head, tile * keys);
+    Word* k_out = store.k + slot * keys * k_words;
+    for (int r = 0; r < rows; r++) load_row(k_out + r * k_words, k + r * p.key.stride_row, r < valid ? p.shape.head_dim : 0, k_words);
+    load_word_rows<Arith::kPerWord>(store.v + slot * keys / Arith::kPerWord * v_columns, v, p.value.stride_row, valid, rows,
+                       p.shape.value_dim, v_columns);
+    store.finite[slot] = !checks_finite || rows_are_finite(v, p.value.stride_row, valid, p.shape.value_dim);
+  }
+  // Without packed copies of the whole head: in place, or through slot 0 of a store of one tile.
+  KeyTile<Word> fetch(const Store& scratch, int64_t batch, int64_t kv_head, int64_t tile) const {
+    const int valid = valid_keys(tile);
+    if (natural && valid % kRowQuantum == 0) {
+      const T* k = row_pointer<T>(p.key, batch, kv_head, tile * keys);
+      const T* v = row_pointer<T>(p.value, batch, kv_head, tile * keys);
+      return {reinterpret_cast<const Word*>(k), reinterpret_cast<const Word*>(v), p.key.stride_row, p.value.stride_row,
+              tile * keys, valid,
+              !checks_finite || rows_are_finite(v, p.value.stride_row, valid, p.shape.value_dim)};
+    }
+    pack(scratch, 0, batch, kv_head, tile);
+    return packed(scratch, 0, tile);
+  }
+};
+
+template <class Arith, class T>
+class FlashForward {
+  using Acc = typename Arith::Acc;
+  using Word = typename Arith::Word;
+  using V = Vec<Acc>;
+  using Tiles = KeyTiles<Arith, T>;
+  static constexpr int W = kLanes<Acc>, L = kGroupLanes<Acc>, kGroups = ForwardTile<Arith>::kLaneGroups;
+  struct Math {
+    using Value = V;
+    static INLINE V splat(Acc x) { return cpu::splat(x); }
+    static INLINE V max(V a, V b) { return cpu::max(a, b); }
+    static INLINE V exp2(V x) { return cpu::exp2<Arith::kExp2Degree>(x); }
+    static INLINE V weight(V x) { return cpu::exp2<Arith::kExp2Degree, kHeadroom>(x); }
+  };
+  using Softmax = OnlineSoftmax<Acc, Math>;
+
+  const ForwardParams& p;
+  const AttentionShape& shape = p.shape;
+  const WorkRows work{shape, ForwardTile<Arith>::kQueries};
+  const Tiles tiles{p};
+  const int64_t query_tiles = div_up(work.rows, ForwardTile<Arith>::kQueries);  // per segment
+  const int64_t out_columns = round_up(tiles.v_columns, W), q_columns = round_up(tiles.k_words, W);
+  // Scores come out of the product in units of log2, through the queries; bf16 queries cannot carry the factor exactly.
+  const Acc scale_log2 = static_cast<Acc>(p.scale * kLog2E);
+  const Acc query_factor = Arith::kPerWord == 1 ? scale_log2 : Acc(1);
+
+  struct Scratch {
+    Word* qt[kGroups];   // [k_words][L]
+    Acc* ot[kGroups];    // [out_columns][L]
+    Softmax* softmax;    // [kGroups][kGroupVectors]
+    LaneMask<Acc>* mask; // [kGroups]
+    Acc* s;              // [keys][L]: scores, then weights (as words)
+    Acc* bias;           // [keys][L]
+    Word* rows;          // [L][max(q_columns, out_columns)]
+    typename Tiles::Store tile;
+    void take(Pieces& pieces, const FlashForward& f) {
+      for (int g = 0; g < kGroups; g++) {
+        qt[g] = pieces.take<Word>(f.q_columns * L);
+        ot[g] = pieces.take<Acc>(f.out_columns * L);
+      }
+      softmax = pieces.take<Softmax>(kGroups * kGroupVectors);
+      mask = pieces.take<LaneMask<Acc>>(kGroups);
+      s = pieces.take<Acc>(f.tiles.keys * L);
+      bias = pieces.take<Acc>(f.p.mask.bias.data ? f.tiles.keys * L : 0);
+      rows = pieces.take<Word>(L * max_i64(f.q_columns, f.out_columns));
+      tile.take(pieces, f.tiles, 1);
+    }
+  };
+
+  // ---------------------------------------------------------------- one group of lanes, one tile of keys
+  template <int N>
+  void attend(Scratch& c, int g, const KeyTile<Word>& tile) const {
+    LaneMask<Acc>& mask = c.mask[g];
+    const TileClass tile_class = mask.keys.classify(tile.begin, tile.begin + tile.rows);
+    if (tile_class == TileClass::skip) return;
+    const bool has_bias = p.mask.bias.data != nullptr;
+    const bool partial = has_bias || tile_class == TileClass::partial;
+    const int begin = static_cast<int>(max_i64(0, mask.keys.any.lo - tile.begin)) / kMaxRows * kMaxRows;
+    const int end = static_cast<int>(min_i64(tile.rows, round_up(mask.keys.any.hi - tile.begin, kRowQuantum)));
+    if (partial) mask.set_tile(tile.begin);
+    if (has_bias && !load_bias_tile(c.bias, p.mask, mask, tile.begin, begin, end, shape.kv_len)) return;
+
+    score_rows<N>(c.s + begin * L, tile.k + begin * tile.k_row, tile.k_row, c.qt[g], end - begin);
+    // Rows that every lane sees in full: only their neighbours need the mask.
+    const int full_begin = has_bias ? end : clamp_row(mask.keys.all.lo - tile.begin, begin, end);
+    const int full_end = has_bias ? end : clamp_row(mask.keys.all.hi - tile.begin, full_begin, end);
+    V s_max[N];
+    UNROLL for (int v = 0; v < N; v++) s_max[v] = splat(std::numeric_limits<Acc>::lowest());
+    for (int n = full_begin; n < full_end; n++) {
+      UNROLL for (int v = 0; v < N; v++) s_max[v] = max(load(c.s + n * L + v * W), s_max[v]);
+    }
+    if (partial) {
+      mask_scores<N>(c, mask, begin, full_begin, s_max);
+      mask_scores<N>(c, mask, full_end, end, s_max);
+    }
+
+    Softmax* const softmax = c.softmax + g * kGroupVectors;
+    Softmax state[N];
+    V alpha[N];
+    UNROLL for (int v = 0; v < N; v++) {
+      state[v] = softmax[v];
+      alpha[v] = state[v].raise(s_max[v]);
+    }
+    weigh<N>(c.s, state, begin, end);
+    UNROLL for (int v = 0; v < N; v++) softmax[v] = state[v];
+
+    if (partial && !tile.value_is_finite) return accumulate_nonzero<N>(c, g, tile, alpha, begin, end);
+    const int64_t first = begin / Arith::kPerWord;
+    add_weighted_values<N>(c.ot[g], alpha, tile.v + first * tile.v_row, tile.v_row,
+                           reinterpret_cast<const Word*>(c.s) + first * L, (end - begin) / Arith::kPerWord);
+  }
+
+  static INLINE int clamp_row(int64_t row, int begin, int end) {
+    return static_cast<int>(max_i64(begin, min_i64(end, row)));
+  }
+
+  // The two products are functions of their own: with anything else alive around them, the compiler keeps it in vector
+  // registers and spills operands of the inner loop.
+  // s[n][lane] = sum_d k[n][d] * qt[d][lane]
+  template <int N>
+  __attribute__((noinline)) void score_rows(Acc* s, const Word* k, int64_t k_row, const Word* qt, int rows) const {
+    const int64_t steps = tiles.k_words;
+    for_row_blocks<kMaxRows>(0, rows, [&](auto block, int r) {
+      constexpr int R = block;
+      V acc[R][N];
+      clear_block(acc);
+      multiply_block<Arith>(acc, k + r * k_row, k_row, Int<1>{}, qt, L, steps);
+      UNROLL for (int i = 0; i < R; i++) UNROLL for (int v = 0; v < N; v++) {
+        if constexpr (Arith::kPerWord != 1) acc[i][v] *= scale_log2;
+        store(s + (r + i) * L + v * W, acc[i][v]);
+      }
+    });
+  }
+  // ot[d][lane] = alpha[lane] * ot[d][lane] + sum_n values[n][d] * weights[n][lane]
+  template <int N>
+  __attribute__((noinline)) void add_weighted_values(Acc* ot, const V (&alpha)[N], const Word* values, int64_t v_row,
+                                                     const Word* weights, int64_t steps) const {
+    for_row_blocks<kMaxRows>(0, static_cast<int>(tiles.v_columns), [&](auto block, int d) {
+      constexpr int R = block;
+      Acc* const o = ot + d * L;
+      V acc[R][N];
+      UNROLL for (int i = 0; i < R; i++) UNROLL for (int v = 0; v < N; v++) acc[i][v] = load(o + i * L + v * W) * alpha[v];
+      multiply_block<Arith>(acc, values + d, Int<1>{}, v_row, weights, L, steps);
+      UNROLL for (int i = 0; i < R; i++) UNROLL for (int v = 0; v < N; v++) store(o + i * L + v * W, acc[i][v]);
+    });
+  }
+
+  // Adds the bias to the scores of rows [begin, end), hides what the mask hides, and finds their maximum.
+  template <int N>
+  void mask_scores(Scratch& c, const LaneMask<Acc>& mask, int begin, int end, V (&s_max)[N]) const {
+    const V minus_infinity = splat(-std::numeric_limits<Acc>::infinity());
+    for (int n = begin; n < end; n++) {
+      UNROLL for (int v = 0; v < N; v++) {
+        Acc* const at = c.s + n * L + v * W;
+        V s = load(at);
+        auto visible = mask.visible(n, v);
+        if (p.mask.bias.data) {
+          const V bias = load(c.bias + n * L + v * W);
+          s += bias;
+          visible &= ~(bias == minus_infinity);
+        }
+        s = visible ? s : minus_infinity;
+        s_max[v] = max(s, s_max[v]);
+        store(at, s);
+      }
+    }
+  }
+
+  // Scores -> weights, in place; two bf16 weights share a word.
+  template <int N>
+  static void weigh(Acc* s, Softmax (&state)[N], int begin, int end) {
+    V sum[N][2] = {};
+    for (int n = begin; n < end; n += 2) {
+      UNROLL for (int v = 0; v < N; v++) {
+        const V w0 = state[v].weight(load(s + n * L + v * W)), w1 = state[v].weight(load(s + (n + 1) * L + v * W));
+        sum[v][0] += w0;
+        sum[v][1] += w1;
+        if constexpr (Arith::kPerWord == 1) {
+          store(s + n * L + v * W, w0);
+          store(s + (n + 1) * L + v * W, w1);
+        } else {
+          store(reinterpret_cast<Word*>(s) + n / 2 * L + v * W, Arith::pack(w0, w1));
+        }
+      }
+    }
+    UNROLL for (int v = 0; v < N; v++) state[v].add(sum[v][0] + sum[v][1]);
+  }
+
+  // The product with the values, for tiles where 0 * value is not 0: hidden keys must not reach the output.
+  template <int N>
+  void accumulate_nonzero(Scratch& c, int g, const KeyTile<Word>& tile, const V (&alpha)[N], int begin, int end) const {
+    const Word* const weights = reinterpret_cast<const Word*>(c.s);
+    for (int64_t d = 0; d < tiles.v_columns; d++) {
+      for (int lane = 0; lane < N * W; lane++) {
+        Acc o = c.ot[g][d * L + lane] * alpha[lane / W][lane % W];
+        for (int n = begin; n < end; n++) {
+          const int word = n / Arith::kPerWord, which = n % Arith::kPerWord;
+          const Acc w = number(weights[word * L + lane], which);
+          if (w != 0) o = fma(number(tile.v[word * tile.v_row + d], which), w, o);
+        }
+        c.ot[g][d * L + lane] = o;
+      }
+    }
+  }
+
+  // ---------------------------------------------------------------- one tile of queries
+  void start_group(Scratch& c, int g, int64_t batch, int64_t kv_head, int64_t segment, int64_t row, int count) const {
+    c.mask[g].set_rows(p.mask, shape, work, batch, kv_head, segment, row, count);
+    const int vectors = count > W ? 2 : 1;
+    WorkRow at = work.at(kv_head, segment, row);
+    for (int lane = 0; lane < count; lane++, work.advance(at)) {
+      load_row(c.rows + lane * q_columns, row_pointer<T>(p.query, batch, at), shape.head_dim, q_columns,
+               static_cast<Word>(query_factor));
+    }
+    std::memset(c.rows + count * q_columns, 0, (vectors * W - count) * q_columns * sizeof(Word));
+    for (int v = 0; v < vectors; v++) transpose_rows(c.qt[g] + v * W, L, c.rows + v * W * q_columns, q_columns, q_columns);
+    for (int v = 0; v < kGroupVectors; v++) c.softmax[g * kGroupVectors + v] = Softmax{};
+    std::memset(c.ot[g], 0, out_columns * L * sizeof(Acc));
+  }
+
+  void finish_group(Scratch& c, int g, int64_t batch, int64_t kv_head, int64_t segment, int64_t row, int count) const {
+    Acc* const rows = reinterpret_cast<Acc*>(c.rows);
+    WorkRow at = work.at(kv_head, segment, row);
+    for (int v = 0; v * W < count; v++) {
+      const Softmax& state = c.softmax[g * kGroupVectors + v];
+      const V inverse = state.l == 0 ? V{} : Acc(1) / state.l, log2_l = log2<Acc>(state.l * kHeadroomFactor);
+      for (int64_t d = 0; d < out_columns; d += W) {
+        V a[W];
+        UNROLL for (int i = 0; i < W; i++) a[i] = load(c.ot[g] + (d + i) * L + v * W) * inverse;
+        transpose<Acc>(a);
+        UNROLL for (int i = 0; i < W; i++) store(rows + i * out_columns + d, a[i]);
+      }
+      for (int i = 0; i < W && v * W + i < count; i++, work.advance(at)) {
+        store_row(row_pointer<T>(p.out, batch, at), rows + i * out_columns, shape.value_dim);
+        const auto statistics = RowStatistics<Acc>::of(state.m[i], state.l[i], log2_l[i]);
+        const int64_t index = (batch * shape.heads + at.head) * shape.query_len + at.query;
+        static_cast<Acc*>(p.lse)[index] = statistics.lse;
+        static_cast<Acc*>(p.lse_residual)[index] = statistics.residual;
+      }
+    }
+  }
+
+  void attend_tile(Scratch& c, const typename Tiles::Store* head_store, int64_t batch, int64_t kv_head, int64_t tile) const {
+    const int64_t segment = tile / query_tiles, first = tile % query_tiles * ForwardTile<Arith>::kQueries;
+    const int64_t last = min_i64(work.rows, first + ForwardTile<Arith>::kQueries);
+    const int groups = static_cast<int>(div_up(last - first, L));
+    const auto rows_of = [&](int g) { return static_cast<int>(min_i64(L, last - first - g * L)); };
+    KeyInterval any{0, 0};
+    for (int g = 0; g < groups; g++) {
+      start_group(c, g, batch, kv_head, segment, first + g * L, rows_of(g));
+      const KeyInterval keys = c.mask[g].keys.any;
+      if (!keys.empty()) any = any.empty() ? keys : KeyInterval{min_i64(any.lo, keys.lo), max_i64(any.hi, keys.hi)};
+    }
+    for (int64_t t = any.lo / tiles.keys; t * tiles.keys < any.hi; t++) {
+      const KeyTile<Word> key_tile = head_store ? tiles.packed(*head_store, t, t) : tiles.fetch(c.tile, batch, kv_head, t);
+      for (int g = 0; g < groups; g++) {
+        if (rows_of(g) > W) attend<2>(c, g, key_tile);
+        else attend<1>(c, g, key_tile);
+      }
+    }
+    for (int g = 0; g < groups; g++) finish_group(c, g, batch, kv_head, segment, first + g * L, rows_of(g));
+  }
+
+ public:
+  explicit FlashForward(const ForwardParams& params) : p(params) {}
+
+  void run(const Executor& executor) const {
+    if (shape.batch == 0 || shape.heads == 0 || shape.query_len == 0) return;
+    const int64_t heads = shape.batch * shape.kv_heads, tiles_per_head = work.segments * query_tiles;
+    const double products = static_cast<double>(shape.batch) * shape.heads * shape.query_len * shape.kv_len *
+                            (shape.head_dim + shape.value_dim);
+    const int threads = useful_threads(executor, products, heads * tiles_per_head);
+    // Packing a whole head pays once a few tiles of queries share it.
+    const bool contiguous = p.key.stride_row == shape.head_dim && p.value.stride_row == shape.value_dim;
+    const bool packs_heads = tiles_per_head >= 3 && !(tiles.natural && contiguous);
+    // With heads enough for every thread a head is packed by the thread that uses it, and is still in its cache.
+    const bool head_per_task = packs_heads && (threads == 1 || heads >= 4 * threads);
+
+    Pieces measure(nullptr);
+    Scratch scratch;
+    typename Tiles::Store store;
+    scratch.take(measure, *this);
+    if (head_per_task) store.take(measure, tiles, tiles.tiles);
+    const size_t per_thread = measure.used();
+    Pieces shared_measure(nullptr);
+    if (packs_heads && !head_per_task) store.take(shared_measure, tiles, heads * tiles.tiles);
+    const Workspace workspace(per_thread * threads + shared_measure.used());
+    const auto thread_pieces = [&](int thread) { return Pieces(workspace.data() + per_thread * thread); };
+
+    if (head_per_task) {
+      parallel_tasks(executor, threads, heads, [&](int thread, int64_t head) {
+        const int64_t batch = head / shape.kv_heads, kv_head = head % shape.kv_heads;
+        Pieces pieces = thread_pieces(thread);
+        Scratch c;
+        typename Tiles::Store packed;
+        c.take(pieces, *this);
+        packed.take(pieces, tiles, tiles.tiles);
+        for (int64_t t = 0; t < tiles.tiles; t++) tiles.pack(packed, t, batch, kv_head, t);
+        for (int64_t t = 0; t < tiles_per_head; t++) attend_tile(c, &packed, batch, kv_head, t);
+      });
+      return;
+    }
+    if (packs_heads) {
+      Pieces pieces(workspace.data() + per_thread * threads);
+      store.take(pieces, tiles, heads * tiles.tiles);
+      parallel_tasks(executor, threads, heads * tiles.tiles, [&](int, int64_t task) {
+        const int64_t head = task / tiles.tiles;
+        tiles.pack(store, task, head / shape.kv_heads, head % shape.kv_heads, task % tiles.tiles);
+      });
+    }
+    parallel_tasks(executor, threads, heads * tiles_per_head, [&](int thread, int64_t task) {
+      const int64_t head = task / tiles_per_head;
+      const int64_t tile = tiles_per_head - 1 - task % tiles_per_head;  // under a causal mask the last are the longest
+      Pieces pieces = thread_pieces(thread);
+      Scratch c;
+      c.take(pieces, *this);
+      typename Tiles::Store head_store;
+      if (packs_heads) head_store = {store.k + head * tiles.tiles * tiles.keys * tiles.k_words,
+                                     store.v + head * tiles.tiles * tiles.keys / Arith::kPerWord * tiles.v_columns,
+                                     store.finite + head * tiles.tiles};
+      attend_tile(c, packs_heads ? &head_store : nullptr, head / shape.kv_heads, head % shape.kv_heads, tile);
+    });
+  }
+};
+
+template <class Arith, class T>
+void flash_forward(const ForwardParams& params, const Executor& executor) {
+  FlashForward<Arith, T>(params).run(executor);
+}
+
+}  // namespace
+}  // namespace attn_ext::cpu

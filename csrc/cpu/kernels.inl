@@ -1,0 +1,16 @@
+// Every kernel, once per instruction set: see isa/*.cpp.
+#include "core/online_softmax.h"
+#include "cpu/simd.h"
+#include "cpu/microkernel.h"
+#include "cpu/rows.inl"
+#include "cpu/lane_mask.inl"
+#include "cpu/flash_forward.inl"
+#include "cpu/flash_backward.inl"
+
+// One function per dtype, in the order of DType.  fp16, and bf16 where the processor has no bf16 products, are widened
+// once and computed in fp32.
+#define ATTN_EXT_KERNELS(operation)                                                                       \
+  {                                                                                                       \
+    operation<PlainArithmetic<float>, float>, operation<PlainArithmetic<double>, double>,                 \
+        operation<PlainArithmetic<float>, Float16>, operation<PlainArithmetic<float>, BFloat16>           \
+  }
