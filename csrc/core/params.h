@@ -52,7 +52,7 @@ struct ForwardParams {
   MaskParams mask;
   ConstTensorView query, key, value;  // stride_column is 1
   TensorView out;                     // stride_column is 1
-  void* lse = nullptr;
+  void* lse = nullptr;                // or null: neither is wanted
   void* lse_residual = nullptr;
 };
 

@@ -168,9 +168,13 @@ class FlashBackward {
     // Whole row blocks, so that every product that reads the weights finds its rows written.
     const int begin = static_cast<int>(max_i64(0, q.mask->keys.any.lo - b.begin)) / kMaxRows * kMaxRows;
     const int end = static_cast<int>(min_i64(b.rows, round_up(q.mask->keys.any.hi - b.begin, kMaxRows)));
-    const bool has_bias = p.mask.bias.data != nullptr;
+    TileClass bias_class = TileClass::full;
+    if (p.mask.bias.data) {
+      bias_class = BiasReader<Acc>(p.mask, *q.mask).read(bias_tile, b.begin, begin, end, shape.kv_len);
+      if (bias_class == TileClass::skip) return;
+    }
+    const bool has_bias = bias_class == TileClass::partial;
     if (has_bias || tile_class == TileClass::partial) q.mask->set_tile(b.begin);
-    if (has_bias && !load_bias_tile(bias_tile, p.mask, *q.mask, b.begin, begin, end, shape.kv_len)) return;
     for_row_blocks<kMaxRows / 2>(begin, end, [&](auto block, int r) {
       constexpr int R = block;
       if (has_bias || q.mask->is_partial(b.begin, r, R)) weigh<R, true>(b, q, w, has_bias ? bias_tile : nullptr, r);

@@ -132,28 +132,34 @@ class FlashForward {
   };
 
   // ---------------------------------------------------------------- one group of lanes, one tile of keys
-  template <int N>
-  void attend(Scratch& c, int g, const KeyTile<Word>& tile) const {
+  // score(begin, end) writes the scores of these rows of keys into c.s; accumulate(alpha, begin, end, partial) takes
+  // their weights from there.
+  template <int N, class Score, class Accumulate>
+  void attend(Scratch& c, int g, int64_t tile_begin, int tile_rows, const Score& score, const Accumulate& accumulate) const {
     LaneMask<Acc>& mask = c.mask[g];
-    const TileClass tile_class = mask.keys.classify(tile.begin, tile.begin + tile.rows);
+    const TileClass tile_class = mask.keys.classify(tile_begin, tile_begin + tile_rows);
     if (tile_class == TileClass::skip) return;
-    const bool has_bias = p.mask.bias.data != nullptr;
-    const bool partial = has_bias || tile_class == TileClass::partial;
-    const int begin = static_cast<int>(max_i64(0, mask.keys.any.lo - tile.begin)) / kMaxRows * kMaxRows;
-    const int end = static_cast<int>(min_i64(tile.rows, round_up(mask.keys.any.hi - tile.begin, kRowQuantum)));
-    if (partial) mask.set_tile(tile.begin);
-    if (has_bias && !load_bias_tile(c.bias, p.mask, mask, tile.begin, begin, end, shape.kv_len)) return;
+    const int begin = static_cast<int>(max_i64(0, mask.keys.any.lo - tile_begin)) / kMaxRows * kMaxRows;
+    const int end = static_cast<int>(min_i64(tile_rows, round_up(mask.keys.any.hi - tile_begin, kRowQuantum)));
+    TileClass bias_class = TileClass::full;
+    if (p.mask.bias.data) {
+      bias_class = BiasReader<Acc>(p.mask, mask).read(c.bias, tile_begin, begin, end, shape.kv_len);
+      if (bias_class == TileClass::skip) return;
+    }
+    const bool has_bias = bias_class == TileClass::partial, partial = has_bias || tile_class == TileClass::partial;
+    if (partial) mask.set_tile(tile_begin);
 
-    score_rows<N>(c.s + begin * L, tile.k + begin * tile.k_row, tile.k_row, c.qt[g], end - begin);
+    score(begin, end);
     // Rows that every lane sees in full: only their neighbours need the mask.
-    const int full_begin = has_bias ? end : clamp_row(mask.keys.all.lo - tile.begin, begin, end);
-    const int full_end = has_bias ? end : clamp_row(mask.keys.all.hi - tile.begin, full_begin, end);
+    const int full_begin = clamp_row(mask.keys.all.lo - tile_begin, begin, end);
+    const int full_end = clamp_row(mask.keys.all.hi - tile_begin, full_begin, end);
     V s_max[N];
     UNROLL for (int v = 0; v < N; v++) s_max[v] = splat(std::numeric_limits<Acc>::lowest());
+    if (has_bias) add_bias<N>(c, begin, end);
     for (int n = full_begin; n < full_end; n++) {
       UNROLL for (int v = 0; v < N; v++) s_max[v] = max(load(c.s + n * L + v * W), s_max[v]);
     }
-    if (partial) {
+    if (tile_class == TileClass::partial) {
       mask_scores<N>(c, mask, begin, full_begin, s_max);
       mask_scores<N>(c, mask, full_end, end, s_max);
     }
@@ -167,11 +173,19 @@ class FlashForward {
     }
     weigh<N>(c.s, state, begin, end);
     UNROLL for (int v = 0; v < N; v++) softmax[v] = state[v];
-
-    if (partial && !tile.value_is_finite) return accumulate_nonzero<N>(c, g, tile, alpha, begin, end);
-    const int64_t first = begin / Arith::kPerWord;
-    add_weighted_values<N>(c.ot[g], alpha, tile.v + first * tile.v_row, tile.v_row,
-                           reinterpret_cast<const Word*>(c.s) + first * L, (end - begin) / Arith::kPerWord);
+    accumulate(alpha, begin, end, partial);
+  }
+  template <int N>
+  void attend(Scratch& c, int g, const KeyTile<Word>& tile) const {
+    attend<N>(
+        c, g, tile.begin, tile.rows,
+        [&](int begin, int end) { score_rows<N>(c.s + begin * L, tile.k + begin * tile.k_row, tile.k_row, c.qt[g], end - begin); },
+        [&](const V(&alpha)[N], int begin, int end, bool partial) {
+          if (partial && !tile.value_is_finite) return accumulate_nonzero<N>(c, g, tile, alpha, begin, end);
+          const int64_t first = begin / Arith::kPerWord;
+          add_weighted_values<N>(c.ot[g], alpha, tile.v + first * tile.v_row, tile.v_row,
+                                 reinterpret_cast<const Word*>(c.s) + first * L, (end - begin) / Arith::kPerWord);
+        });
   }
 
   static INLINE int clamp_row(int64_t row, int begin, int end) {
@@ -209,21 +223,26 @@ class FlashForward {
     });
   }
 
-  // Adds the bias to the scores of rows [begin, end), hides what the mask hides, and finds their maximum.
+  // Adds the bias to the scores of rows [begin, end).  -inf hides a key, whatever its score is.
+  template <int N>
+  void add_bias(Scratch& c, int begin, int end) const {
+    const V minus_infinity = splat(-std::numeric_limits<Acc>::infinity());
+    for (int n = begin; n < end; n++) {
+      UNROLL for (int v = 0; v < N; v++) {
+        Acc* const at = c.s + n * L + v * W;
+        const V bias = load(c.bias + n * L + v * W);
+        store(at, bias == minus_infinity ? minus_infinity : load(at) + bias);
+      }
+    }
+  }
+  // Hides what the lanes' intervals hide in rows [begin, end), and finds the maximum of the scores.
   template <int N>
   void mask_scores(Scratch& c, const LaneMask<Acc>& mask, int begin, int end, V (&s_max)[N]) const {
     const V minus_infinity = splat(-std::numeric_limits<Acc>::infinity());
     for (int n = begin; n < end; n++) {
       UNROLL for (int v = 0; v < N; v++) {
         Acc* const at = c.s + n * L + v * W;
-        V s = load(at);
-        auto visible = mask.visible(n, v);
-        if (p.mask.bias.data) {
-          const V bias = load(c.bias + n * L + v * W);
-          s += bias;
-          visible &= ~(bias == minus_infinity);
-        }
-        s = visible ? s : minus_infinity;
+        const V s = mask.visible(n, v) ? load(at) : minus_infinity;
         s_max[v] = max(s, s_max[v]);
         store(at, s);
       }
@@ -267,6 +286,112 @@ class FlashForward {
     }
   }
 
+  // ---------------------------------------------------------------- a few queries
+  // Decoding has one query a head, and a group of heads at most a handful.  They would leave most lanes empty, and packing
+  // or broadcasting every key for them costs more than reading it: here lanes are columns, keys and values are read once,
+  // as they lie, and only the softmax keeps a query per lane.
+  // Rows are taken one or four at a time.
+  static constexpr int kFewRows = 4;
+  // How far ahead of its use a key is fetched: what arrives while memory answers once.
+  static int64_t elements_ahead(int64_t stride) {
+    constexpr int64_t kBytes = 8192, kLeastRows = 8;
+    return max_i64(kLeastRows, kBytes / static_cast<int64_t>(sizeof(T)) / max_i64(1, stride)) * stride;
+  }
+  const bool has_few_rows = Arith::kPerWord == 1 && W >= kFewRows && work.segments == 1 && work.rows <= max_i64(kFewRows, W / 2) &&
+                            shape.head_dim % W == 0 && shape.value_dim % W == 0;
+
+  // s[n][i] = q[i] . k[n] for R rows of q and the keys [begin, end), of which `valid` exist.
+  template <int R>
+  __attribute__((noinline)) void score_few_rows(Acc* s, const T* k, const Acc* q, int begin, int end, int valid) const {
+    constexpr int kKeys = W / R;
+    const int64_t ahead = elements_ahead(p.key.stride_row);
+    for (int n = begin; n < end; n += kKeys) {
+      const T* rows[kKeys];
+      for (int j = 0; j < kKeys; j++) rows[j] = k + (n + j < valid ? n + j : valid - 1) * p.key.stride_row;
+      V acc[W] = {};
+      for (int64_t d = 0; d < shape.head_dim; d += W) {
+        V query[R];
+        UNROLL for (int i = 0; i < R; i++) query[i] = load(q + i * q_columns + d);
+        UNROLL for (int j = 0; j < kKeys; j++) {
+          __builtin_prefetch(rows[j] + d + ahead);
+          const V key = widen(rows[j] + d);
+          UNROLL for (int i = 0; i < R; i++) acc[j * R + i] = fma(key, query[i], acc[j * R + i]);
+        }
+      }
+      transpose<Acc>(acc);
+      UNROLL for (int width = W / 2; width > 0; width /= 2) UNROLL for (int i = 0; i < width; i++) acc[i] += acc[i + width];
+      alignas(V) Acc dots[W];
+      store(dots, acc[0]);
+      for (int j = 0; j < kKeys && n + j < end; j++) std::memcpy(s + (n + j) * L, dots + j * R, R * sizeof(Acc));
+    }
+  }
+  // o[i][d] = alpha[i] * o[i][d] + sum_n weights[n][i] * v[n][d], N vectors of columns at a time.  In a partial tile a
+  // weight of 0 takes nothing, whatever the value is.
+  template <int R, int N>
+  __attribute__((noinline)) void add_values_to_few_rows(Acc* o, const Acc* alpha, const T* v, const Acc* weights, int begin, int end,
+                                                        bool partial) const {
+    const int64_t stride = p.value.stride_row, ahead = elements_ahead(stride);
+    V acc[R][N];
+    UNROLL for (int i = 0; i < R; i++) UNROLL for (int j = 0; j < N; j++) acc[i][j] = load(o + i * out_columns + j * W) * alpha[i];
+    for (int n = begin; n < end; n++) {
+      V value[N];
+      UNROLL for (int j = 0; j < N; j++) {
+        __builtin_prefetch(v + n * stride + j * W + ahead);
+        value[j] = widen(v + n * stride + j * W);
+      }
+      UNROLL for (int i = 0; i < R; i++) {
+        const Acc w = weights[n * L + i];
+        if (partial && w == 0) continue;
+        UNROLL for (int j = 0; j < N; j++) acc[i][j] = fma(splat(w), value[j], acc[i][j]);
+      }
+    }
+    UNROLL for (int i = 0; i < R; i++) UNROLL for (int j = 0; j < N; j++) store(o + i * out_columns + j * W, acc[i][j]);
+  }
+  template <int R>
+  void attend_few_rows(Scratch& c, int64_t batch, int64_t kv_head) const {
+    const int count = static_cast<int>(work.rows), padded = static_cast<int>(round_up(count, R));
+    start_group(c, 0, batch, kv_head, 0, 0, count);
+    const Acc* const q = reinterpret_cast<const Acc*>(c.rows);  // scaled, as start_group left them
+    Acc* const o = c.ot[0];                                     // [padded][out_columns]
+    const KeyInterval any = c.mask[0].keys.any;
+    for (int64_t t = any.lo / tiles.keys; t * tiles.keys < any.hi; t++) {
+      const int64_t tile_begin = t * tiles.keys;
+      const int valid = tiles.valid_keys(t), rows = static_cast<int>(round_up(valid, kRowQuantum));
+      const T* k = row_pointer<T>(p.key, batch, kv_head, tile_begin);
+      const T* v = row_pointer<T>(p.value, batch, kv_head, tile_begin);
+      attend<1>(
+          c, 0, tile_begin, rows,
+          [&](int begin, int end) {
+            for (int i = 0; i < padded; i += R) score_few_rows<R>(c.s + i, k, q + i * q_columns, begin, end, valid);
+          },
+          [&](const V(&alpha)[1], int begin, int end, bool partial) {
+            alignas(V) Acc factors[W];
+            store(factors, alpha[0]);
+            const int last = end < valid ? end : valid;
+            constexpr int kWide = R == 1 ? 4 : 2;  // enough sums to hide the latency of one
+            for (int i = 0; i < padded; i += R) {
+              for (int64_t d = 0; d < shape.value_dim;) {
+                Acc* const at = o + i * out_columns + d;
+                if (d + kWide * W <= shape.value_dim) {
+                  add_values_to_few_rows<R, kWide>(at, factors + i, v + d, c.s + i, begin, last, partial);
+                  d += kWide * W;
+                } else {
+                  add_values_to_few_rows<R, 1>(at, factors + i, v + d, c.s + i, begin, last, partial);
+                  d += W;
+                }
+              }
+            }
+          });
+    }
+    const Softmax& state = c.softmax[0];
+    const V inverse = state.l == 0 ? V{} : Acc(1) / state.l;
+    WorkRow at = work.at(kv_head, 0, 0);
+    for (int i = 0; i < count; i++, work.advance(at)) {
+      store_row(row_pointer<T>(p.out, batch, at), o + i * out_columns, shape.value_dim, static_cast<Acc>(inverse[i]));
+    }
+    store_statistics(batch, work.at(kv_head, 0, 0), state, count);
+  }
+
   // ---------------------------------------------------------------- one tile of queries
   void start_group(Scratch& c, int g, int64_t batch, int64_t kv_head, int64_t segment, int64_t row, int count) const {
     c.mask[g].set_rows(p.mask, shape, work, batch, kv_head, segment, row, count);
@@ -287,24 +412,37 @@ class FlashForward {
     WorkRow at = work.at(kv_head, segment, row);
     for (int v = 0; v * W < count; v++) {
       const Softmax& state = c.softmax[g * kGroupVectors + v];
-      const V inverse = state.l == 0 ? V{} : Acc(1) / state.l, log2_l = log2<Acc>(state.l * kHeadroomFactor);
+      const V inverse = state.l == 0 ? V{} : Acc(1) / state.l;
       for (int64_t d = 0; d < out_columns; d += W) {
         V a[W];
         UNROLL for (int i = 0; i < W; i++) a[i] = load(c.ot[g] + (d + i) * L + v * W) * inverse;
         transpose<Acc>(a);
         UNROLL for (int i = 0; i < W; i++) store(rows + i * out_columns + d, a[i]);
       }
-      for (int i = 0; i < W && v * W + i < count; i++, work.advance(at)) {
+      const int valid = count - v * W < W ? count - v * W : W;
+      store_statistics(batch, at, state, valid);
+      for (int i = 0; i < valid; i++, work.advance(at)) {
         store_row(row_pointer<T>(p.out, batch, at), rows + i * out_columns, shape.value_dim);
-        const auto statistics = RowStatistics<Acc>::of(state.m[i], state.l[i], log2_l[i]);
-        const int64_t index = (batch * shape.heads + at.head) * shape.query_len + at.query;
-        static_cast<Acc*>(p.lse)[index] = statistics.lse;
-        static_cast<Acc*>(p.lse_residual)[index] = statistics.residual;
       }
+    }
+  }
+  void store_statistics(int64_t batch, WorkRow at, const Softmax& state, int count) const {
+    if (!p.lse) return;
+    const V log2_l = log2<Acc>(state.l * kHeadroomFactor);
+    for (int i = 0; i < count; i++, work.advance(at)) {
+      const auto statistics = RowStatistics<Acc>::of(state.m[i], state.l[i], log2_l[i]);
+      const int64_t index = (batch * shape.heads + at.head) * shape.query_len + at.query;
+      static_cast<Acc*>(p.lse)[index] = statistics.lse;
+      static_cast<Acc*>(p.lse_residual)[index] = statistics.residual;
     }
   }
 
   void attend_tile(Scratch& c, const typename Tiles::Store* head_store, int64_t batch, int64_t kv_head, int64_t tile) const {
+    if constexpr (Arith::kPerWord == 1 && W >= kFewRows) {
+      if (has_few_rows) {
+        return work.rows == 1 ? attend_few_rows<1>(c, batch, kv_head) : attend_few_rows<kFewRows>(c, batch, kv_head);
+      }
+    }
     const int64_t segment = tile / query_tiles, first = tile % query_tiles * ForwardTile<Arith>::kQueries;
     const int64_t last = min_i64(work.rows, first + ForwardTile<Arith>::kQueries);
     const int groups = static_cast<int>(div_up(last - first, L));
@@ -327,6 +465,9 @@ class FlashForward {
 
  public:
   explicit FlashForward(const ForwardParams& params) : p(params) {}
+
+  // Whether run() reads keys and values as they lie, once for all queries.
+  bool reads_keys_once() const { return has_few_rows; }
 
   void run(const Executor& executor) const {
     if (shape.batch == 0 || shape.heads == 0 || shape.query_len == 0) return;
@@ -389,6 +530,10 @@ class FlashForward {
 
 template <class Arith, class T>
 void flash_forward(const ForwardParams& params, const Executor& executor) {
+  if constexpr (Arith::kPerWord != 1) {  // pairs of bf16 pay with many rows only
+    const FlashForward<PlainArithmetic<float>, T> plain(params);
+    if (plain.reads_keys_once()) return plain.run(executor);
+  }
   FlashForward<Arith, T>(params).run(executor);
 }
 

@@ -71,79 +71,120 @@ struct LaneMask {
   }
 };
 
-// The additive mask of a tile in units of log2, transposed: out[n][lane] for n in [r_begin, r_end).  Keys from kv_len
-// on get 0 (the lanes' intervals exclude them).  Returns false when -inf removes every key for every lane.
+// kLanes neighbouring boolean mask values: 0 where true, else -inf.
 template <class Acc>
-bool load_bias_tile(Acc* out, const MaskParams& mask, const LaneMask<Acc>& lanes, int64_t begin, int r_begin, int r_end,
-                    int64_t kv_len) {
-  constexpr int W = kLanes<Acc>, L = kGroupLanes<Acc>;
+INLINE Vec<Acc> load_boolean(const uint8_t* p) {
+  return widen_bytes(p, Acc()) == 0 ? splat(-std::numeric_limits<Acc>::infinity()) : Vec<Acc>{};
+}
+
+// The dense mask of a batch element and a group of lanes.
+template <class Acc>
+class BiasReader {
+  static constexpr int W = kLanes<Acc>, L = kGroupLanes<Acc>;
   using V = Vec<Acc>;
-  const int64_t step = mask.bias.stride_column;
-  const auto value = [&](int64_t offset) -> double {
-    switch (mask.bias_dtype) {
-      case DType::float32: return static_cast<const float*>(mask.bias.data)[offset];
-      case DType::float64: return static_cast<const double*>(mask.bias.data)[offset];
-      case DType::float16: return to_float(static_cast<const Float16*>(mask.bias.data)[offset]);
-      case DType::bfloat16: return to_float(static_cast<const BFloat16*>(mask.bias.data)[offset]);
+  using Bits = IntVec<Acc>;
+  const MaskParams& mask_;
+  const LaneMask<Acc>& lanes_;
+  const int64_t step_ = mask_.bias.stride_column;
+  const bool boolean_ = mask_.bias_dtype == DType::boolean;
+
+  template <class T>
+  const T* at(int64_t offset) const { return static_cast<const T*>(mask_.bias.data) + offset; }
+
+  Acc value(int64_t offset) const {
+    switch (mask_.bias_dtype) {
+      case DType::float32: return bias_in_log2<Acc>(*at<float>(offset));
+      case DType::float64: return bias_in_log2<Acc>(*at<double>(offset));
+      case DType::float16: return bias_in_log2<Acc>(to_float(*at<Float16>(offset)));
+      case DType::bfloat16: return bias_in_log2<Acc>(to_float(*at<BFloat16>(offset)));
       case DType::boolean: break;
     }
-    return static_cast<const uint8_t*>(mask.bias.data)[offset] ? 0 : -std::numeric_limits<double>::infinity();
-  };
+    return *at<uint8_t>(offset) ? 0 : -std::numeric_limits<Acc>::infinity();
+  }
   // The values of W neighbouring keys, `count` of which exist.
-  const auto values = [&](int64_t offset, int64_t count) -> V {
-    if (count == W && step == 1 && mask.bias_dtype != DType::boolean) {
+  INLINE V values(int64_t offset, int64_t count) const {
+    if (count >= W && step_ == 1) {
+      if (boolean_) return load_boolean<Acc>(at<uint8_t>(offset));
       if constexpr (sizeof(Acc) == 4) {
-        switch (mask.bias_dtype) {
-          case DType::float32: return bias_in_log2<Acc>(widen(static_cast<const float*>(mask.bias.data) + offset));
-          case DType::float16: return bias_in_log2<Acc>(widen(static_cast<const Float16*>(mask.bias.data) + offset));
-          case DType::bfloat16: return bias_in_log2<Acc>(widen(static_cast<const BFloat16*>(mask.bias.data) + offset));
-          default: break;
-        }
-      } else if (mask.bias_dtype == DType::float64) {
-        return bias_in_log2<Acc>(widen(static_cast<const double*>(mask.bias.data) + offset));
+        if (mask_.bias_dtype == DType::float32) return bias_in_log2<Acc>(widen(at<float>(offset)));
+        if (mask_.bias_dtype == DType::float16) return bias_in_log2<Acc>(widen(at<Float16>(offset)));
+        if (mask_.bias_dtype == DType::bfloat16) return bias_in_log2<Acc>(widen(at<BFloat16>(offset)));
+      } else {
+        if (mask_.bias_dtype == DType::float64) return bias_in_log2<Acc>(widen(at<double>(offset)));
       }
     }
     alignas(V) Acc a[W] = {};
-    if (mask.bias_dtype == DType::boolean) {
-      const uint8_t* p = static_cast<const uint8_t*>(mask.bias.data) + offset;
-      for (int i = 0; i < count; i++) a[i] = p[i * step] ? 0 : -std::numeric_limits<Acc>::infinity();
-    } else {
-      for (int i = 0; i < count; i++) a[i] = bias_in_log2<Acc>(value(offset + i * step));
-    }
+    for (int64_t i = 0; i < W && i < count; i++) a[i] = value(offset + i * step_);
     return load(a);
-  };
-  const V minus_infinity = splat(-std::numeric_limits<Acc>::infinity());
-  V highest = minus_infinity;
-  if (lanes.bias_row_is_shared) {
-    for (int n = r_begin; n < r_end; n++) {
-      const bool exists = begin + n < kv_len;
-      const V b = splat(exists ? bias_in_log2<Acc>(value(lanes.bias_offset[0] + (begin + n) * step)) : Acc(0));
-      if (exists) highest = max(b, highest);
-      for (int v = 0; v < L; v += W) store(out + n * L + v, b);
+  }
+  // A boolean mask that is the same everywhere in the tile, by a look at eight keys at a time.
+  TileClass classify_boolean(int64_t begin, int64_t count) const {
+    constexpr uint64_t ones = 0x0101010101010101;
+    bool all = true, any = false;
+    for (int lane = 0; lane < lanes_.rows && (all || !any); lane++) {
+      const uint8_t* row = at<uint8_t>(lanes_.bias_offset[lane] + begin);
+      int64_t i = 0;
+      for (; i + 8 <= count; i += 8) {
+        uint64_t word;
+        std::memcpy(&word, row + i, 8);
+        all &= word == ones;
+        any |= word != 0;
+      }
+      for (; i < count; i++) {
+        all &= row[i] == 1;
+        any |= row[i] != 0;
+      }
     }
-  } else {
-    for (int v = 0; v < L && v < lanes.rows; v += W) {
-      for (int n = r_begin; n < r_end; n += W) {
-        const int64_t count = min_i64(W, min_i64(r_end - n, kv_len - begin - n));
-        V a[W];
-        for (int lane = 0; lane < W; lane++) {
-          a[lane] = count > 0 ? values(lanes.bias_offset[v + lane] + (begin + n) * step, count) : V{};
-        }
-        transpose<Acc>(a);
-        for (int i = 0; i < W && n + i < r_end; i++) {
-          if (i < count) highest = max(a[i], highest);
-          store(out + (n + i) * L + v, a[i]);
+    return all ? TileClass::full : any ? TileClass::partial : TileClass::skip;
+  }
+
+ public:
+  BiasReader(const MaskParams& mask, const LaneMask<Acc>& lanes) : mask_(mask), lanes_(lanes) {}
+
+  // Writes the tile transposed, out[n][lane] for n in [r_begin, r_end), in units of log2; keys from kv_len on read as 0
+  // (the lanes' intervals exclude them).  skip: -inf everywhere; full: 0 everywhere; nothing need be written then.
+  TileClass read(Acc* out, int64_t begin, int r_begin, int r_end, int64_t kv_len) const {
+    const int64_t existing = min_i64(r_end, kv_len - begin) - r_begin;
+    if (boolean_ && step_ == 1) {
+      const TileClass tile_class = classify_boolean(begin + r_begin, existing);
+      if (tile_class != TileClass::partial) return tile_class;
+    }
+    // The values are the same everywhere when no bit of any two differs.
+    Bits every = ~Bits{}, some = Bits{};
+    if (lanes_.bias_row_is_shared) {
+      for (int n = r_begin; n < r_end; n++) {
+        const bool exists = n - r_begin < existing;
+        const V b = splat(exists ? value(lanes_.bias_offset[0] + (begin + n) * step_) : Acc(0));
+        if (exists) every &= (Bits)b, some |= (Bits)b;
+        for (int v = 0; v < L; v += W) store(out + n * L + v, b);
+      }
+    } else {
+      for (int v = 0; v < L; v += W) {
+        for (int n = r_begin; n < r_end; n += W) {
+          const int64_t count = existing - (n - r_begin);
+          V a[W];
+          UNROLL for (int lane = 0; lane < W; lane++) a[lane] = values(lanes_.bias_offset[v + lane] + (begin + n) * step_, count);
+          transpose<Acc>(a);
+          if (count >= W && n + W <= r_end) {
+            UNROLL for (int i = 0; i < W; i++) every &= (Bits)a[i], some |= (Bits)a[i], store(out + (n + i) * L + v, a[i]);
+          } else {
+            for (int i = 0; i < W && n + i < r_end; i++) {
+              if (i < count) every &= (Bits)a[i], some |= (Bits)a[i];
+              store(out + (n + i) * L + v, a[i]);
+            }
+          }
         }
       }
     }
+    const Bits hidden = (Bits)splat(-std::numeric_limits<Acc>::infinity());
+    bool all_hidden = true, all_zero = true;
+    for (int lane = 0; lane < W; lane++) {
+      all_hidden &= every[lane] == hidden[lane] && some[lane] == hidden[lane];
+      all_zero &= some[lane] == 0;
+    }
+    return all_hidden ? TileClass::skip : all_zero ? TileClass::full : TileClass::partial;
   }
-  // NaN counts as visible: it has to reach the output.
-  const auto hidden = highest == minus_infinity;
-  for (int lane = 0; lane < W; lane++) {
-    if (!hidden[lane]) return true;
-  }
-  return false;
-}
+};
 
 }  // namespace
 }  // namespace attn_ext::cpu

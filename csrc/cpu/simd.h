@@ -167,6 +167,30 @@ INLINE void transpose(Vec<E> (&a)[kLanes<E>]) {
   }
 }
 
+// kLanes bytes as integers.
+#if defined(ATTN_EXT_AVX512)
+INLINE IntVec<float> widen_bytes(const uint8_t* p, float) {
+  return (IntVec<float>)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+}
+INLINE IntVec<double> widen_bytes(const uint8_t* p, double) {
+  return (IntVec<double>)_mm512_cvtepu8_epi64(_mm_loadl_epi64((const __m128i*)p));
+}
+#elif defined(ATTN_EXT_AVX2)
+INLINE IntVec<float> widen_bytes(const uint8_t* p, float) {
+  return (IntVec<float>)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p));
+}
+INLINE IntVec<double> widen_bytes(const uint8_t* p, double) {
+  return (IntVec<double>)_mm256_cvtepu8_epi64(_mm_loadu_si32(p));
+}
+#else
+template <class E>
+INLINE IntVec<E> widen_bytes(const uint8_t* p, E) {
+  IntVec<E> v;
+  UNROLL for (int i = 0; i < kLanes<E>; i++) v[i] = p[i];
+  return v;
+}
+#endif
+
 // kLanes elements of a storage type <-> a vector of the type computed in.
 INLINE Vec<float> widen(const float* p) { return load(p); }
 INLINE Vec<double> widen(const double* p) { return load(p); }

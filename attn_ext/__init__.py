@@ -1,0 +1,40 @@
+"""Exact, fast, differentiable attention for PyTorch.
+
+    out = attn_ext.scaled_dot_product_attention(query, key, value, is_causal=True)  # torch's signature
+    out, lse = attn_ext.attention(query, key, value, mask=Causal() & KeyLengths(lengths), return_lse=True)
+
+`attn_ext.nn` holds modules, `attn_ext.reference` the definition of what the kernels compute, and
+`attn_ext.testing` the tolerances they are held to. `python -m attn_ext.info` describes the build and this
+machine.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from ._version import __version__
+from .functional import attention, scaled_dot_product_attention
+from .masks import Causal, Dense, KeyLengths, Mask
+
+__all__ = [
+    "Causal",
+    "Dense",
+    "KeyLengths",
+    "Mask",
+    "__version__",
+    "attention",
+    "scaled_dot_product_attention",
+]
+
+_LAZY_MODULES = ("nn", "reference", "testing")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY_MODULES:
+        return importlib.import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY_MODULES})

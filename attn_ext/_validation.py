@@ -1,0 +1,223 @@
+"""Says what is wrong with the arguments of a call that failed, or that is about to be traced.
+
+Every check raises TypeError (a wrong type or dtype), ValueError (a wrong shape, device or number) or
+NotImplementedError, naming the argument, what it is and what was expected.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ._ops import reject_mask_gradient
+from .masks import FLOAT_DTYPES, Dense, KeyLengths, Mask
+
+MAX_HEAD_DIM = 1024
+BATCH_DIMENSIONS = "the batch dimensions of query, key and value"
+HEADS = "the heads of query, key and value (dimension -3), without enable_gqa,"
+
+
+def explain(check: Callable[..., None], *arguments: Any) -> Exception | None:
+    """What `check` raises for these arguments; None if it finds nothing wrong with them."""
+    try:
+        check(*arguments)
+    except (TypeError, ValueError, NotImplementedError) as explanation:
+        return explanation
+    return None
+
+
+def broadcast_shapes(what: str, *shapes: tuple[int, ...]) -> tuple[int, ...]:
+    """`torch.broadcast_shapes`, quicker; raises ValueError, saying that `what` must broadcast."""
+    result = [1] * max(map(len, shapes))
+    for shape in shapes:
+        for index, size in enumerate(shape, start=len(result) - len(shape)):
+            if result[index] == 1:
+                result[index] = size
+            elif size != 1 and size != result[index]:
+                raise ValueError(
+                    f"{what} must broadcast, got {', '.join(str(tuple(shape)) for shape in shapes)}"
+                )
+    return tuple(result)
+
+
+def check_scaled_dot_product_attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    attn_mask: Any,
+    dropout_p: Any,
+    is_causal: Any,
+    scale: Any,
+    enable_gqa: Any,
+) -> None:
+    _check_tensors(query, key, value)
+    _check_bool("is_causal", is_causal)
+    _check_bool("enable_gqa", enable_gqa)
+    _check_scale(scale)
+    _check_dropout(dropout_p)
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.dim() < 2:
+            raise ValueError(
+                f"{name} must have at least 2 dimensions, (..., L, D), got shape {tuple(tensor.shape)}"
+            )
+    _check_lengths_and_head_dims(query, key, value)
+    batch_shape = broadcast_shapes(BATCH_DIMENSIONS, query.shape[:-3], key.shape[:-3], value.shape[:-3])
+    heads = _check_heads(query, key, value, enable_gqa)
+    if attn_mask is None:
+        return
+    if is_causal:
+        raise ValueError("attn_mask must be None when is_causal is True")
+    scores = (*batch_shape, *heads, query.shape[-2], key.shape[-2])
+    _check_dense_mask("attn_mask", attn_mask, scores, query.device)
+
+
+def check_attention(query: Any, key: Any, value: Any, mask: Any, scale: Any) -> None:
+    _check_tensors(query, key, value)
+    _check_scale(scale)
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.dim() != 4:
+            raise ValueError(f"{name} must be (B, H, L, D), got shape {tuple(tensor.shape)}")
+        if tensor.shape[0] != query.shape[0]:
+            raise ValueError(
+                f"{name} must have the batch size of query, {query.shape[0]}, got shape {tuple(tensor.shape)}"
+            )
+    _check_lengths_and_head_dims(query, key, value)
+    heads, kv_heads = query.shape[1], key.shape[1]
+    if value.shape[1] != kv_heads:
+        raise ValueError(f"value must have as many heads as key, {kv_heads}, got shape {tuple(value.shape)}")
+    if heads % kv_heads if kv_heads else heads:
+        raise ValueError(f"the heads of query must be a multiple of those of key, got {heads} and {kv_heads}")
+    if mask is None:
+        return
+    if not isinstance(mask, Mask):
+        hint = "; wrap a tensor in attn_ext.Dense" if isinstance(mask, Tensor) else ""
+        raise TypeError(f"mask must be None or an attn_ext mask, got {type(mask).__name__}{hint}")
+    for part in mask.parts:
+        _check_mask(part, (*query.shape[:3], key.shape[2]), query.device)
+
+
+def _check_mask(mask: Mask, scores: tuple[int, ...], device: torch.device) -> None:
+    if isinstance(mask, Dense):
+        _check_dense_mask("mask Dense", mask.tensor, scores, device)
+    elif isinstance(mask, KeyLengths):
+        batch, _, _, kv_len = scores
+        lengths = mask.lengths
+        if lengths.shape[0] != batch:
+            raise ValueError(
+                f"mask KeyLengths must hold one length per batch entry, {batch}, got {lengths.shape[0]}"
+            )
+        # The values of a tensor that is being traced are not there to look at.
+        if not torch.compiler.is_compiling() and ((lengths < 0) | (lengths > kv_len)).any():
+            raise ValueError(f"mask KeyLengths must hold lengths from 0 to {kv_len}, got {lengths.tolist()}")
+
+
+def _check_tensors(query: Any, key: Any, value: Any) -> None:
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+        _check_strided(name, tensor)
+        if tensor.dtype not in FLOAT_DTYPES:
+            raise TypeError(f"{name} must be float32, float64, float16 or bfloat16, got {tensor.dtype}")
+        if tensor.device != query.device:
+            raise ValueError(f"{name} must be on the device of query, {query.device}, got {tensor.device}")
+        if _dtype_in_kernel(tensor) != _dtype_in_kernel(query):
+            raise TypeError(f"{name} must have the dtype of query, {query.dtype}, got {tensor.dtype}")
+
+
+def _check_strided(name: str, tensor: Tensor) -> None:
+    if tensor.is_nested:
+        raise TypeError(
+            f"{name} must be a dense tensor, got a nested tensor: pad it and use attn_ext.KeyLengths"
+        )
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}")
+
+
+def _dtype_in_kernel(tensor: Tensor) -> torch.dtype:
+    """The dtype after autocast, which leaves float64 alone."""
+    device = tensor.device.type
+    autocasts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if autocasts and tensor.dtype != torch.float64 else tensor.dtype
+
+
+def _check_lengths_and_head_dims(query: Tensor, key: Tensor, value: Tensor) -> None:
+    if key.shape[-1] != query.shape[-1]:
+        raise ValueError(
+            f"key must have the head_dim (dimension -1) of query, {query.shape[-1]}, "
+            f"got shape {tuple(key.shape)}"
+        )
+    if value.shape[-2] != key.shape[-2]:
+        raise ValueError(
+            f"value must have the length of key, {key.shape[-2]}, got shape {tuple(value.shape)}"
+        )
+    for name, tensor in (("query", query), ("value", value)):
+        if not 1 <= tensor.shape[-1] <= MAX_HEAD_DIM:
+            raise ValueError(
+                f"{name} must have a head_dim from 1 to {MAX_HEAD_DIM}, got shape {tuple(tensor.shape)}"
+            )
+
+
+def _check_heads(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[int, ...]:
+    """The number of heads, as a shape: empty if there is no such dimension."""
+    if not enable_gqa:
+        return broadcast_shapes(HEADS, query.shape[-3:-2], key.shape[-3:-2], value.shape[-3:-2])
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.dim() < 3:
+            raise ValueError(
+                f"{name} must be (..., H, L, D) with enable_gqa, got shape {tuple(tensor.shape)}"
+            )
+        heads, kv_heads = query.shape[-3], tensor.shape[-3]
+        if heads % kv_heads if kv_heads else heads:
+            raise ValueError(
+                f"the heads of query must be a multiple of those of {name}, got {heads} and {kv_heads}"
+            )
+    return (query.shape[-3],)
+
+
+def _check_dense_mask(name: str, mask: Any, scores: tuple[int, ...], device: torch.device) -> None:
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor or None, got {type(mask).__name__}")
+    _check_strided(name, mask)
+    if mask.dtype not in (torch.bool, *FLOAT_DTYPES):
+        raise TypeError(
+            f"{name} must be bool (True = attend), or float32, float64, float16 or bfloat16 (added to "
+            f"the scores), got {mask.dtype}"
+        )
+    if mask.device != device:
+        raise ValueError(f"{name} must be on the device of query, {device}, got {mask.device}")
+    trailing = scores[len(scores) - mask.dim() :] if 1 <= mask.dim() <= len(scores) else None
+    if trailing is None or any(
+        size != 1 and size != full for size, full in zip(mask.shape, trailing, strict=True)
+    ):
+        raise ValueError(
+            f"{name} must have 1 to {len(scores)} dimensions and be broadcastable to {scores}, "
+            f"got shape {tuple(mask.shape)}"
+        )
+    reject_mask_gradient(mask)
+
+
+def _check_scale(scale: Any) -> None:
+    if scale is None:
+        return
+    if not isinstance(scale, (int, float, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"scale must be a float or None, got {type(scale).__name__}")
+    if not math.isfinite(scale):
+        raise ValueError(f"scale must be finite, got {scale}")
+
+
+def _check_dropout(dropout_p: Any) -> None:
+    if not isinstance(dropout_p, (int, float)):
+        raise TypeError(f"dropout_p must be a float, got {type(dropout_p).__name__}")
+    if not 0 <= dropout_p <= 1:
+        raise ValueError(f"dropout_p must be from 0 to 1, got {dropout_p}")
+    if dropout_p > 0:
+        raise NotImplementedError(f"dropout is not implemented in this release, got dropout_p={dropout_p}")
+
+
+def _check_bool(name: str, flag: Any) -> None:
+    if not isinstance(flag, bool):
+        raise TypeError(f"{name} must be a bool, got {type(flag).__name__}")

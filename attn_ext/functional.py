@@ -1,0 +1,233 @@
+"""The public functions: from a user's tensors to one call of an operator of `torch.ops.attn_ext`.
+
+Arguments are not checked before the call, which would take longer than a small problem itself: when something
+raises, `_validation` looks for what is wrong with them and says so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from torch.compiler import is_compiling
+
+from . import _validation
+from ._ops import attend, attend_output, attention_forward, attention_output
+from ._validation import BATCH_DIMENSIONS, HEADS, broadcast_shapes
+from .masks import Mask
+
+__all__ = ["attention", "scaled_dot_product_attention"]
+
+_Operator = Callable[..., Any]
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """`torch.nn.functional.scaled_dot_product_attention`: softmax(query @ key^T * scale + mask) @ value.
+
+    Flash attention (Dao et al., 2022; Dao, 2023): memory beyond inputs and outputs is O(L). Leading
+    dimensions broadcast as in torch. Differentiable once, in reverse mode.
+
+    Args:
+        query: (..., Hq, Lq, Dk), at least (Lq, Dk); float32, float64, float16 or bfloat16.
+        key: (..., Hkv, Lk, Dk), of the dtype and device of query.
+        value: (..., Hkv, Lk, Dv), likewise. 1 <= Dk, Dv <= 1024.
+        attn_mask: broadcastable to (..., Hq, Lq, Lk) and never expanded over its last three dimensions: bool
+            (True = attend), or of any of the four dtypes (added to the scaled scores; -inf = do not attend).
+        dropout_p: 0; dropout is not implemented in this release.
+        is_causal: query i attends to keys 0..i, whatever Lq and Lk ("top-left"); not together with attn_mask.
+        scale: factor of the scores, 1 / sqrt(Dk) by default.
+        enable_gqa: Hq may be a multiple of Hkv; query head h attends to key head h // (Hq // Hkv).
+
+    Returns:
+        (..., Hq, Lq, Dv), with query's dtype and memory order. Rows with nothing to attend to are 0.
+
+    Raises:
+        TypeError: an argument has a wrong type or dtype, or key or value another dtype than query.
+        ValueError: shapes do not fit, devices differ, a number is out of range, or both attn_mask and
+            is_causal are given.
+        NotImplementedError: dropout_p > 0, attn_mask requires grad, or a forward-mode derivative is taken.
+    """
+    if is_compiling():
+        arguments = query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
+        _validation.check_scaled_dot_product_attention(*arguments)
+        return _attend_broadcast(
+            attention_output, query, key, value, attn_mask, is_causal, scale, enable_gqa
+        )
+    try:
+        if dropout_p != 0.0 or (is_causal is not False and (is_causal is not True or attn_mask is not None)):
+            raise ValueError("dropout_p, is_causal or attn_mask")  # explained below
+        shape = query.shape
+        if (
+            len(shape) == 4
+            and shape == key.shape == value.shape
+            and (attn_mask is None or attn_mask.dim() == 4)
+        ):  # the usual case, and nothing to broadcast
+            scale = shape[3] ** -0.5 if scale is None else _finite(scale)
+            return attend_output(query, key, value, attn_mask, None, scale, None, 0 if is_causal else None)
+        return _attend_broadcast(attend_output, query, key, value, attn_mask, is_causal, scale, enable_gqa)
+    except Exception:
+        arguments = query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
+        explanation = _validation.explain(_validation.check_scaled_dot_product_attention, *arguments)
+        if explanation is None:
+            raise
+        raise explanation from None
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    mask: Mask | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention over (batch, heads, length, head_dim): softmax(query @ key^T * scale + mask) @ value.
+
+    Flash attention (Dao et al., 2022; Dao, 2023): memory beyond inputs and outputs is O(L). Differentiable
+    once, in reverse mode.
+
+    Args:
+        query: (B, Hq, Lq, Dk), float32, float64, float16 or bfloat16.
+        key: (B, Hkv, Lk, Dk), of the dtype and device of query. Hq is a multiple of Hkv: query head h attends
+            to key head h // (Hq // Hkv) (grouped-query attention, Ainslie et al., 2023).
+        value: (B, Hkv, Lk, Dv), likewise. 1 <= Dk, Dv <= 1024.
+        mask: None, or `Causal`, `KeyLengths` and `Dense` masks, combined with `&`.
+        scale: factor of the scores, 1 / sqrt(Dk) by default.
+        return_lse: also return the natural logarithm of the sum of the exponentials of each row of scores.
+
+    Returns:
+        out (B, Hq, Lq, Dv), of the dtype of query and in its memory order; with return_lse (out, lse), lse
+        (B, Hq, Lq) in float32, or float64 for float64 inputs. Both are differentiable. Rows with nothing to
+        attend to have out 0, lse -inf and gradient 0.
+
+    Raises:
+        TypeError: an argument has a wrong type or dtype, or key or value another dtype than query.
+        ValueError: shapes do not fit, devices differ, or a number is out of range.
+        NotImplementedError: the mask requires grad, or a forward-mode derivative is taken.
+    """
+    if is_compiling():
+        _validation.check_attention(query, key, value, mask, scale)
+        operator = attention_forward if return_lse else attention_output
+        results = _attend_masked(operator, query, key, value, mask, scale)
+    else:
+        try:
+            operator = attend if return_lse else attend_output
+            results = _attend_masked(operator, query, key, value, mask, scale)
+        except Exception:
+            explanation = _validation.explain(_validation.check_attention, query, key, value, mask, scale)
+            if explanation is None:
+                raise
+            raise explanation from None
+    return results[:2] if return_lse else results
+
+
+def _attend_masked(
+    operator: _Operator, query: Tensor, key: Tensor, value: Tensor, mask: Mask | None, scale: float | None
+) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    scale = query.shape[3] ** -0.5 if scale is None else _finite(scale)
+    if mask is None:
+        return operator(query, key, value, None, None, scale, None, None)
+    bias, key_lengths, band_lower, band_upper = mask.lower(query.shape[2], key.shape[2], query.device)
+    return operator(query, key, value, bias, key_lengths, scale, band_lower, band_upper)
+
+
+def _attend_broadcast(
+    operator: _Operator,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    is_causal: bool,
+    scale: float | None,
+    enable_gqa: bool,
+) -> Tensor:
+    """For any number of dimensions: leading ones are broadcast and flattened into the batch."""
+    q, k, v = query.shape, key.shape, value.shape
+    scale = q[-1] ** -0.5 if scale is None else _finite(scale)
+    band_upper = 0 if is_causal else None
+    if (
+        len(q) == len(k) == len(v) == 4
+        and q[0] == k[0] == v[0]
+        and k[1] == v[1]
+        and (q[1] == k[1] or enable_gqa)
+        and (attn_mask is None or attn_mask.dim() == 4)
+    ):  # as the operator takes them
+        return operator(query, key, value, attn_mask, None, scale, None, band_upper)
+
+    batch_shape = broadcast_shapes(BATCH_DIMENSIONS, q[:-3], k[:-3], v[:-3])
+    dim = max(len(q), len(k), len(v))
+    bias = None if attn_mask is None else _flatten_mask_batch(attn_mask, batch_shape, dim)
+    query, key, value = (
+        _flatten_batch(tensor, batch_shape) for tensor in _broadcast_heads(query, key, value, enable_gqa)
+    )
+    out = operator(query, key, value, bias, None, scale, None, band_upper)
+    if len(batch_shape) != 1:
+        out = out.unflatten(0, batch_shape) if batch_shape else out.squeeze(0)
+    return out if dim > 2 else out.squeeze(0)
+
+
+def _finite(scale: float) -> float:
+    # A tensor would pass for a number, and lose its gradient.
+    if isinstance(scale, Tensor) or not -math.inf < scale < math.inf:
+        raise ValueError(f"scale must be a finite number, got {scale}")
+    return scale
+
+
+def _broadcast_heads(
+    query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(..., H, L, D) of each, with numbers of heads as the operator takes them."""
+    if query.dim() == 2 or key.dim() == 2 or value.dim() == 2:
+        if enable_gqa:
+            raise ValueError("enable_gqa without a dimension of heads")
+        query, key, value = (
+            tensor if tensor.dim() > 2 else tensor.unsqueeze(0) for tensor in (query, key, value)
+        )
+    heads, key_heads, value_heads = query.shape[-3], key.shape[-3], value.shape[-3]
+    if enable_gqa:
+        if key_heads != value_heads:
+            key, value = (_repeat_heads(tensor, heads) for tensor in (key, value))
+        return query, key, value
+    if key_heads == value_heads and (key_heads == heads or key_heads == 1):  # one for all is not expanded
+        return query, key, value
+    (heads,) = broadcast_shapes(HEADS, (heads,), (key_heads,), (value_heads,))
+    return tuple(tensor.expand(*tensor.shape[:-3], heads, -1, -1) for tensor in (query, key, value))
+
+
+def _repeat_heads(tensor: Tensor, heads: int) -> Tensor:
+    """(..., H, L, D) -> (..., heads, L, D), each head followed by its copies."""
+    repeats, remainder = divmod(heads, tensor.shape[-3])
+    if remainder:
+        raise ValueError(f"{heads} heads are not a multiple of {tensor.shape[-3]}")
+    return tensor.repeat_interleave(repeats, dim=-3)
+
+
+def _flatten_batch(tensor: Tensor, batch_shape: tuple[int, ...]) -> Tensor:
+    """(..., H, L, D) -> (B, H, L, D), a view unless a broadcast dimension merges with one that is not."""
+    if tensor.shape[:-3] != batch_shape:
+        tensor = tensor.expand(*batch_shape, *tensor.shape[-3:])
+    if len(batch_shape) == 1:
+        return tensor
+    return tensor.flatten(0, -4) if batch_shape else tensor.unsqueeze(0)
+
+
+def _flatten_mask_batch(mask: Tensor, batch_shape: tuple[int, ...], dim: int) -> Tensor:
+    """(..., H, Lq, Lk), at most `dim` dimensions, each possibly 1 or missing, -> (B or 1, H, Lq, Lk)."""
+    if not 1 <= mask.dim() <= dim:
+        raise ValueError(f"attn_mask has {mask.dim()} dimensions")
+    mask = mask[(None,) * (max(dim, 4) - mask.dim())]
+    if all(size == 1 for size in mask.shape[:-3]):
+        return mask.reshape(1, *mask.shape[-3:])
+    return _flatten_batch(mask, batch_shape)

@@ -1,0 +1,211 @@
+"""Mask objects: what they mean, how they combine, how they are compared, copied and printed."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+import attn_ext
+from attn_ext import Causal, Dense, KeyLengths, Mask
+
+B, H, LQ, LK = 3, 2, 4, 6
+LENGTHS = [6, 0, 3]
+ALLOWED = torch.tensor([True, False, True, True, True, False])
+ADDED = torch.linspace(-1, 1, LQ * LK).view(LQ, LK)
+row, column = torch.arange(LQ)[:, None], torch.arange(LK)
+
+MASKS = {
+    "top_left": (Causal(), row >= column),
+    "bottom_right": (Causal("bottom_right"), column <= row + LK - LQ),
+    "key_lengths": (KeyLengths(LENGTHS), column < torch.tensor(LENGTHS)[:, None, None, None]),
+    "allowed": (Dense(ALLOWED), ALLOWED),
+    "added": (Dense(ADDED), ADDED),
+    "added per head": (Dense(torch.ones(H, 1, 1) * torch.inf * -1), torch.full((H, 1, 1), -torch.inf)),
+}
+
+
+def dense_and(a, b):
+    """By the definition of `&`."""
+    additive = [torch.where(mask, 0.0, -torch.inf) if mask.dtype == torch.bool else mask for mask in (a, b)]
+    if a.dtype == b.dtype == torch.bool:
+        return a & b
+    return additive[0] + additive[1]
+
+
+@pytest.mark.parametrize(("mask", "expected"), MASKS.values(), ids=MASKS)
+def test_to_dense(mask, expected):
+    dense = mask.to_dense(B, H, LQ, LK)
+    assert dense.shape == (B, H, LQ, LK)
+    assert torch.equal(dense, expected.expand(B, H, LQ, LK))
+
+
+@pytest.mark.parametrize("second", MASKS)
+@pytest.mark.parametrize("first", MASKS)
+def test_conjunction(first, second):
+    (a, dense_a), (b, dense_b) = MASKS[first], MASKS[second]
+    expected = dense_and(dense_a, dense_b).expand(B, H, LQ, LK)
+    assert torch.equal((a & b).to_dense(B, H, LQ, LK), expected)
+
+
+@pytest.mark.parametrize("second", MASKS)
+@pytest.mark.parametrize("first", MASKS)
+def test_attention_does_what_to_dense_says(first, second):
+    mask = MASKS[first][0] & MASKS[second][0]
+    query, key, value = (torch.randn(B, H, length, 8, dtype=torch.float64) for length in (LQ, LK, LK))
+    torch.testing.assert_close(
+        attn_ext.attention(query, key, value, mask=mask),
+        attn_ext.scaled_dot_product_attention(query, key, value, mask.to_dense(B, H, LQ, LK)),
+    )
+    torch.testing.assert_close(
+        attn_ext.attention(query, key, value, mask=mask),
+        attn_ext.reference.attention(query, key, value, mask=mask),
+    )
+
+
+def test_conjunction_is_associative():
+    a, b, c = Causal(), KeyLengths(LENGTHS), Dense(ALLOWED)
+    assert (a & b) & c == a & (b & c)
+    assert (a & b & c).parts == (a, b, c)
+
+
+def test_masks_stay_small():
+    """Only dense parts, and only as large as they are, become tensors of scores."""
+    lowered = (Causal() & KeyLengths(LENGTHS) & Causal("bottom_right")).lower(LQ, LK, torch.device("cpu"))
+    assert lowered.bias is None
+    assert lowered.key_lengths.tolist() == LENGTHS
+    assert (lowered.band_lower, lowered.band_upper) == (None, 0)
+    lowered = (Dense(ALLOWED) & Dense(ALLOWED)).lower(LQ, LK, torch.device("cpu"))
+    assert lowered.bias.shape == (1, 1, 1, LK)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.uint8])
+def test_lengths_of_any_integer_dtype(dtype):
+    assert KeyLengths(torch.tensor(LENGTHS, dtype=dtype)) == KeyLengths(LENGTHS)
+    assert KeyLengths(tuple(LENGTHS)) == KeyLengths(LENGTHS)
+
+
+def test_strided_lengths():
+    lengths = torch.tensor([LENGTHS, LENGTHS]).t().contiguous()[:, 1]
+    assert not lengths.is_contiguous()
+    query, key, value = (torch.randn(B, H, length, 8) for length in (LQ, LK, LK))
+    torch.testing.assert_close(
+        attn_ext.attention(query, key, value, mask=KeyLengths(lengths)),
+        attn_ext.attention(query, key, value, mask=KeyLengths(LENGTHS)),
+    )
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_copies_are_equal(name):
+    mask = MASKS[name][0]
+    for other in (copy.copy(mask), copy.deepcopy(mask), pickle.loads(pickle.dumps(mask))):
+        assert type(other) is type(mask)
+        assert other == mask
+        assert hash(other) == hash(mask)
+        assert (other & mask) == (mask & other)
+
+
+def test_equality():
+    masks = [mask for mask, _ in MASKS.values()] + [Causal() & KeyLengths(LENGTHS), KeyLengths([1, 2, 3])]
+    for i, a in enumerate(masks):
+        for j, b in enumerate(masks):
+            assert (a == b) == (i == j)
+    assert Dense(ADDED) != Dense(ADDED.double())
+    assert Causal() != "top_left"
+
+
+@pytest.mark.parametrize(
+    ("mask", "text"),
+    [
+        (Causal(), "Causal(align='top_left')"),
+        (Causal("bottom_right"), "Causal(align='bottom_right')"),
+        (KeyLengths(LENGTHS), "KeyLengths([6, 0, 3])"),
+        (KeyLengths([1] * 100), "KeyLengths(int64 (100,))"),
+        (Dense(ALLOWED), "Dense(bool (6,))"),
+        (Dense(ADDED), "Dense(float32 (4, 6))"),
+        (
+            Causal() & KeyLengths([2]) & Dense(ADDED),
+            "Causal(align='top_left') & KeyLengths([2]) & Dense(float32 (4, 6))",
+        ),
+    ],
+    ids=str,
+)
+def test_repr(mask, text):
+    assert repr(mask) == text
+
+
+@pytest.mark.parametrize(
+    ("mask", "field"), [(Causal(), "align"), (KeyLengths([1]), "lengths"), (Dense(ADDED), "tensor")]
+)
+def test_masks_are_immutable(mask, field):
+    with pytest.raises(AttributeError):
+        setattr(mask, field, None)
+
+
+@pytest.mark.parametrize("align", ["left", "", None, 1])
+def test_bad_alignment(align):
+    with pytest.raises(ValueError, match="align must be 'top_left' or 'bottom_right', got"):
+        Causal(align)
+
+
+@pytest.mark.parametrize("lengths", [None, 3, 3.0, "12", b"12", {1, 2}, object()])
+def test_lengths_that_are_none(lengths):
+    with pytest.raises(TypeError, match="lengths must be a tensor or a sequence of int, got"):
+        KeyLengths(lengths)
+
+
+@pytest.mark.parametrize("length", [1.0, "1", True, None])
+def test_a_length_that_is_no_int(length):
+    with pytest.raises(TypeError, match=rf"lengths\[1\] must be an int, got {type(length).__name__}"):
+        KeyLengths([1, length])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool, torch.complex64])
+def test_lengths_that_are_no_integers(dtype):
+    with pytest.raises(TypeError, match=f"lengths must be a tensor of integers, got {dtype}"):
+        KeyLengths(torch.ones(3, dtype=dtype))
+
+
+@pytest.mark.parametrize("shape", [(), (3, 1), (1, 1, 1)])
+def test_lengths_of_other_dimensions(shape):
+    with pytest.raises(ValueError, match="lengths must have one dimension"):
+        KeyLengths(torch.ones(shape, dtype=torch.int64))
+
+
+def test_a_negative_length():
+    with pytest.raises(ValueError, match=r"lengths\[1\] must not be negative, got -1"):
+        KeyLengths([1, -1])
+
+
+@pytest.mark.parametrize("bad", [None, [[True]], 1.0, Causal()])
+def test_dense_takes_a_tensor(bad):
+    with pytest.raises(TypeError, match=f"tensor must be a torch.Tensor, got {type(bad).__name__}"):
+        Dense(bad)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.complex64, torch.float8_e4m3fn])
+def test_dense_dtypes(dtype):
+    with pytest.raises(TypeError, match=rf"tensor must be bool \(True = attend\).*got {dtype}"):
+        Dense(torch.ones(2, 2).to(dtype))
+
+
+@pytest.mark.parametrize("shape", [(), (1, 1, 1, 1, 1)])
+def test_dense_dimensions(shape):
+    with pytest.raises(ValueError, match="tensor must have 1 to 4 dimensions"):
+        Dense(torch.ones(shape))
+
+
+@pytest.mark.parametrize("other", [None, True, ALLOWED, "causal", Causal])
+def test_and_with_something_else(other):
+    with pytest.raises(TypeError, match=r"unsupported operand|must be"):
+        _ = Causal() & other
+
+
+def test_masks_have_a_base():
+    for mask, _ in MASKS.values():
+        assert isinstance(mask, Mask)
+        assert isinstance(mask & mask, Mask)
+    with pytest.raises(NotImplementedError):
+        Mask().lower(1, 1, torch.device("cpu"))

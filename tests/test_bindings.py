@@ -1,0 +1,181 @@
+"""The operators refuse whatever a kernel could not handle, whoever calls them, and leak nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import attn_ext  # noqa: F401, registers the operators
+
+forward = torch.ops.attn_ext.attention_forward.default
+backward = torch.ops.attn_ext.attention_backward.default
+
+B, H, H_KV, LQ, LK, DK, DV = 2, 4, 2, 5, 7, 8, 6
+
+
+def forward_arguments(**changes: Any) -> dict[str, Any]:
+    arguments = {
+        "query": torch.randn(B, H, LQ, DK),
+        "key": torch.randn(B, H_KV, LK, DK),
+        "value": torch.randn(B, H_KV, LK, DV),
+        "bias": None,
+        "key_lengths": None,
+        "scale": 0.5,
+        "band_lower": None,
+        "band_upper": None,
+    }
+    return {**arguments, **changes}
+
+
+def backward_arguments(**changes: Any) -> dict[str, Any]:
+    arguments = forward_arguments()
+    out, lse, lse_residual = forward(**arguments)
+    results = {
+        "grad_out": torch.randn_like(out),
+        "grad_lse": None,
+        "out": out,
+        "lse": lse,
+        "lse_residual": lse_residual,
+    }
+    return {**arguments, **results, **changes}
+
+
+BAD_FORWARD = {
+    "3-D query": ({"query": torch.randn(H, LQ, DK)}, "query must have 4 dimensions"),
+    "3-D value": ({"value": torch.randn(H_KV, LK, DV)}, "value must have 4 dimensions"),
+    "int query": ({"query": torch.ones(B, H, LQ, DK, dtype=torch.int64)}, "query must be float32"),
+    "dtype of key": ({"key": torch.randn(B, H_KV, LK, DK).double()}, "key must have the dtype of query"),
+    "dtype of value": ({"value": torch.randn(B, H_KV, LK, DV).half()}, "value must have the dtype of query"),
+    "batch": ({"key": torch.randn(B + 1, H_KV, LK, DK)}, "key must have shape"),
+    "columns of key": ({"key": torch.randn(B, H_KV, LK, DK + 1)}, "key must have shape"),
+    "rows of value": ({"value": torch.randn(B, H_KV, LK + 1, DV)}, "value must have shape"),
+    "heads": ({"query": torch.randn(B, 3, LQ, DK)}, "multiple of those of key, got 3 and 2"),
+    "no heads": ({"key": torch.randn(B, 0, LK, DK), "value": torch.randn(B, 0, LK, DV)}, "got 4 and 0"),
+    "no columns": (
+        {"query": torch.randn(B, H, LQ, 0), "key": torch.randn(B, H_KV, LK, 0)},
+        "1 to 1024 columns",
+    ),
+    "too many columns": ({"value": torch.randn(B, H_KV, LK, 1025)}, "1 to 1024 columns, got 1025"),
+    "bias shape": ({"bias": torch.zeros(B, H, LQ, LK - 1)}, r"bias must broadcast to \(2, 4, 5, 7\)"),
+    "bias dimensions": ({"bias": torch.zeros(LQ, LK)}, "bias must have 4 dimensions"),
+    "bias dtype": ({"bias": torch.zeros(1, 1, LQ, LK, dtype=torch.int32)}, "bias must be bool"),
+    "lengths shape": ({"key_lengths": torch.tensor([1, 2, 3])}, r"key_lengths must have shape \(2\)"),
+    "lengths dtype": ({"key_lengths": torch.tensor([1, 2], dtype=torch.int32)}, "key_lengths must be int64"),
+    "length too long": (
+        {"key_lengths": torch.tensor([1, LK + 1])},
+        r"key_lengths\[1\] must be 0 to 7, got 8",
+    ),
+    "negative length": ({"key_lengths": torch.tensor([-1, 1])}, r"key_lengths\[0\] must be 0 to 7, got -1"),
+}
+
+BAD_BACKWARD = {
+    "grad_out shape": ({"grad_out": torch.randn(B, H, LQ, DV + 1)}, "grad_out must have shape"),
+    "grad_out dtype": (
+        {"grad_out": torch.randn(B, H, LQ, DV).double()},
+        "grad_out must have the dtype of query",
+    ),
+    "out shape": ({"out": torch.randn(B, H, LQ + 1, DV)}, "out must have shape"),
+    "lse shape": ({"lse": torch.randn(B, H, LQ + 1)}, "lse must have shape"),
+    "lse dtype": ({"lse": torch.randn(B, H, LQ).double()}, "lse must have dtype float64 for float64"),
+    "residual dimensions": (
+        {"lse_residual": torch.randn(B, H, LQ, 1)},
+        "lse_residual must have 3 dimensions",
+    ),
+    "grad_lse shape": ({"grad_lse": torch.randn(B, H, 1)}, "grad_lse must have shape"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FORWARD)
+def test_forward_refuses(case: str) -> None:
+    changes, message = BAD_FORWARD[case]
+    arguments = forward_arguments(**changes)
+    tensors = [x for x in arguments.values() if isinstance(x, torch.Tensor)]
+    before = [x._use_count() for x in tensors]
+    with pytest.raises(RuntimeError, match=message):
+        forward(**arguments)
+    assert [x._use_count() for x in tensors] == before
+
+
+@pytest.mark.parametrize("case", BAD_BACKWARD)
+def test_backward_refuses(case: str) -> None:
+    changes, message = BAD_BACKWARD[case]
+    arguments = backward_arguments(**changes)
+    tensors = [x for x in arguments.values() if isinstance(x, torch.Tensor)]
+    before = [x._use_count() for x in tensors]
+    with pytest.raises(RuntimeError, match=message):
+        backward(**arguments)
+    assert [x._use_count() for x in tensors] == before
+
+
+def test_out_of_memory_is_an_exception() -> None:
+    huge = torch.zeros(1, 1, 1, 1).expand(2**10, 2**10, 2**30, 1)
+    with pytest.raises(RuntimeError, match="not enough memory"):
+        forward(huge, huge, huge, None, None, 1.0, None, None)
+
+
+def test_sizes_that_overflow_are_an_exception() -> None:
+    query = torch.zeros(1, 1, 1, 1).expand(2**20, 2**20, 2**22, 1)
+    value = torch.zeros(1, 1, 1, 1).expand(2**20, 2**20, 1, 4)
+    with pytest.raises(RuntimeError, match="not enough memory"):
+        forward(query, value[..., :1], value, None, None, 1.0, None, None)
+
+
+@pytest.mark.parametrize("lower", [None, -(2**63), -LQ, 0, LK, 2**63 - 1])
+@pytest.mark.parametrize("upper", [None, -(2**63), -LQ, 0, LK, 2**63 - 1])
+def test_any_band_is_safe(lower: int | None, upper: int | None) -> None:
+    arguments = forward_arguments(band_lower=lower, band_upper=upper)
+    offset = torch.arange(LK) - torch.arange(LQ)[:, None]
+    visible = torch.ones(LQ, LK, dtype=torch.bool)
+    if lower is not None:
+        visible &= offset >= lower
+    if upper is not None:
+        visible &= offset <= upper
+    out, lse, _ = forward(**arguments)
+    expected = forward(
+        **forward_arguments(
+            **{**arguments, "bias": visible[None, None], "band_lower": None, "band_upper": None}
+        )
+    )
+    torch.testing.assert_close(out, expected[0])
+    torch.testing.assert_close(lse, expected[1])
+
+
+def by_rows(*shape: int) -> torch.Tensor:
+    batch, heads, rows, columns = shape
+    return torch.randn(batch, rows, heads, columns).transpose(1, 2)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_results_lie_in_the_order_of_what_they_mirror(transposed: bool) -> None:
+    make = by_rows if transposed else torch.randn
+    changes = {"query": make(B, H, LQ, DK), "key": make(B, H_KV, LK, DK), "value": make(B, H_KV, LK, DV)}
+    arguments = forward_arguments(**changes)
+    out, lse, lse_residual = forward(**arguments)
+    grads = backward(
+        grad_out=torch.randn_like(out),
+        grad_lse=None,
+        out=out,
+        lse=lse,
+        lse_residual=lse_residual,
+        **arguments,
+    )
+    for result in (out, *grads):
+        assert (result.transpose(1, 2) if transposed else result).is_contiguous()
+    assert lse.is_contiguous()
+
+
+def test_strided_columns_are_copied_once_per_distinct_row() -> None:
+    strided = torch.randn(1, 1, LQ, 2 * DK).expand(B, H, LQ, 2 * DK)[..., ::2]
+    arguments = forward_arguments(query=strided)
+    expected = forward(**{**arguments, "query": strided.contiguous()})
+    for actual, result in zip(forward(**arguments), expected, strict=True):
+        torch.testing.assert_close(actual, result, rtol=0, atol=0)
+
+
+def test_statistics_may_be_strided() -> None:
+    arguments = backward_arguments(grad_lse=torch.ones(()).expand(B, H, LQ))
+    expected = backward(**{**arguments, "grad_lse": torch.ones(B, H, LQ)})
+    for actual, result in zip(backward(**arguments), expected, strict=True):
+        torch.testing.assert_close(actual, result, rtol=0, atol=0)
