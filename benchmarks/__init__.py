@@ -1,0 +1,1 @@
+"""Benchmarks of attn_ext against its peers: ``python -m benchmarks --help``."""
