@@ -185,21 +185,28 @@ class FlashBackward {
   }
 
   // ---------------------------------------------------------------- dV, dK, dQ
+  template <int R, int N>
+  static INLINE void add_block(Acc* out, const V (&acc)[R][N]) {
+    UNROLL for (int i = 0; i < R; i++) UNROLL for (int j = 0; j < N; j++) {
+      store(out + i * L + j * W, load(out + i * L + j * W) + acc[i][j]);
+    }
+  }
   // out[panel][n][d] += sum over the panels of queries, sum_m weights[n][m] * x[m][d]; x of a panel starts at rows_of(panel).
   template <int N, class RowsOf, class WeightsOf>
   __attribute__((noinline)) void add_key_gradient(Acc* out, const Scratch& c, const QueryPanel* query, int count, int begin, int end,
                                                   const RowsOf& rows_of, const WeightsOf& weights_of) const {
-    for_row_blocks<kMaxRows>(begin, end, [&](auto block, int r) {
+    // Aligned, as the rows of every panel are: a block is within a panel's rows or outside.
+    for_row_blocks<kMaxRows, true>(begin, end, [&](auto block, int r) {
       constexpr int R = block;
       V acc[R][N];
-      UNROLL for (int i = 0; i < R; i++) UNROLL for (int j = 0; j < N; j++) acc[i][j] = load(out + (r + i) * L + j * W);
+      clear_block(acc);  // tile by tile: a sum of sums rounds less than one long sum
       for (int i = 0; i < count; i++) {
         const Weights& w = c.weights[i];
         if (r < w.begin || r >= w.end) continue;
         multiply_block<Arith>(acc, weights_of(w) + r * kPanelWords, Int<kPanelWords>{}, Int<1>{}, rows_of(query[i]), L,
                               query[i].rows / kPer);
       }
-      UNROLL for (int i = 0; i < R; i++) UNROLL for (int j = 0; j < N; j++) store(out + (r + i) * L + j * W, acc[i][j]);
+      add_block(out + r * L, acc);
     });
   }
   // dq[m][d] += sum_n ds[n][m] * k[n][d]
@@ -209,27 +216,51 @@ class FlashBackward {
     for_row_blocks<kMaxRows>(0, rows, [&](auto block, int m) {
       constexpr int R = block;
       V acc[R][N];
-      UNROLL for (int i = 0; i < R; i++) UNROLL for (int j = 0; j < N; j++) acc[i][j] = load(dq + (m + i) * L + j * W);
+      clear_block(acc);
       multiply_block<Arith>(acc, w.ds_pairs + first * L + m, Int<1>{}, Int<L>{}, k_lanes + first * L, L, steps);
-      UNROLL for (int i = 0; i < R; i++) UNROLL for (int j = 0; j < N; j++) store(dq + (m + i) * L + j * W, acc[i][j]);
+      add_block(dq + m * L, acc);
     });
   }
-  // The same three products one weight at a time, for tiles where 0 * x is not 0: hidden numbers must not get out.
-  void add_nonzero(KeyBlock& b, QueryPanel& q, const Weights& w) const {
-    for (int n = w.begin; n < w.end; n++) {
-      for (int m = 0; m < q.rows; m++) {
-        const Acc weight = number(w.p[n * kPanelWords + m / kPer], m % kPer);
-        const Acc ds = number(w.ds[n * kPanelWords + m / kPer], m % kPer);
-        const auto panel = [](int64_t d) { return d / L; };
-        const auto query_at = [&](int64_t d) { return (panel(d) * kPanelWords + m / kPer) * L + d % L; };
-        for (int64_t d = 0; weight != 0 && d < v_panels * L; d++) {
-          Acc& dv = b.dv[(panel(d) * keys + n) * L + d % L];
-          dv = fma(weight, number(q.g[query_at(d)], m % kPer), dv);
+  // The same three products one weight at a time, in the same order, for tiles where 0 * x is not 0: hidden numbers must
+  // not get out.
+  void add_nonzero(const Scratch& c, KeyBlock& b, QueryPanel* query, int count) const {
+    const auto at = [](const Word* words, int n, int m) { return number(words[n * kPanelWords + m / kPer], m % kPer); };
+    const auto column = [](const Word* rows, int m, int64_t d) {
+      return number(rows[(d / L * kPanelWords + m / kPer) * L + d % L], m % kPer);
+    };
+    for (int n = 0; n < b.rows; n++) {
+      for (int64_t d = 0; d < v_panels * L; d++) {
+        Acc sum = 0;
+        for (int i = 0; i < count; i++) {
+          if (n < c.weights[i].begin || n >= c.weights[i].end) continue;
+          for (int m = 0; m < query[i].rows; m++) {
+            const Acc weight = at(c.weights[i].p, n, m);
+            if (weight != 0) sum = fma(weight, column(query[i].g, m, d), sum);
+          }
         }
-        for (int64_t d = 0; ds != 0 && d < k_panels * L; d++) {
-          Acc &dk = b.dk[(panel(d) * keys + n) * L + d % L], &dq = q.dq[(panel(d) * L + m) * L + d % L];
-          dk = fma(ds, number(q.q[query_at(d)], m % kPer), dk);
-          dq = fma(ds, number(b.k_lanes[(panel(d) * keys + n) / kPer * L + d % L], n % kPer), dq);
+        b.dv[(d / L * keys + n) * L + d % L] += sum;
+      }
+      for (int64_t d = 0; d < k_panels * L; d++) {
+        Acc sum = 0;
+        for (int i = 0; i < count; i++) {
+          if (n < c.weights[i].begin || n >= c.weights[i].end) continue;
+          for (int m = 0; m < query[i].rows; m++) {
+            const Acc ds = at(c.weights[i].ds, n, m);
+            if (ds != 0) sum = fma(ds, column(query[i].q, m, d), sum);
+          }
+        }
+        b.dk[(d / L * keys + n) * L + d % L] += sum;
+      }
+    }
+    for (int i = 0; i < count; i++) {
+      for (int m = 0; m < query[i].rows; m++) {
+        for (int64_t d = 0; d < k_panels * L; d++) {
+          Acc sum = 0;
+          for (int n = c.weights[i].begin; n < c.weights[i].end; n++) {
+            const Acc ds = at(c.weights[i].ds, n, m);
+            if (ds != 0) sum = fma(ds, number(b.k_lanes[(d / L * keys + n) / kPer * L + d % L], n % kPer), sum);
+          }
+          query[i].dq[(d / L * L + m) * L + d % L] += sum;
         }
       }
     }
@@ -237,18 +268,17 @@ class FlashBackward {
 
   void process_tile(Scratch& c, KeyBlock& b, QueryPanel* query, int count) const {
     int begin = b.rows, end = 0;
+    bool is_finite = b.is_finite;
     for (int i = 0; i < count; i++) {
       Weights& w = c.weights[i];
       weigh_panel(b, query[i], w, c.bias);
-      if (w.begin < w.end && !(b.is_finite && query[i].is_finite)) {
-        add_nonzero(b, query[i], w);
-        w.begin = w.end = 0;
-      }
       if (w.begin == w.end) continue;
       begin = w.begin < begin ? w.begin : begin;
       end = w.end > end ? w.end : end;
+      is_finite &= query[i].is_finite;
     }
     if (begin >= end) return;
+    if (!is_finite) return add_nonzero(c, b, query, count);
     for (int64_t d = 0; d < v_panels; d++) {
       const auto rows_of = [&](const QueryPanel& q) { return q.g + d * kPanelWords * L; };
       const auto weights_of = [](const Weights& w) { return w.p; };

@@ -217,9 +217,11 @@ class FlashForward {
       constexpr int R = block;
       Acc* const o = ot + d * L;
       V acc[R][N];
-      UNROLL for (int i = 0; i < R; i++) UNROLL for (int v = 0; v < N; v++) acc[i][v] = load(o + i * L + v * W) * alpha[v];
+      clear_block(acc);  // tile by tile: a sum of sums rounds less than one long sum
       multiply_block<Arith>(acc, values + d, Int<1>{}, v_row, weights, L, steps);
-      UNROLL for (int i = 0; i < R; i++) UNROLL for (int v = 0; v < N; v++) store(o + i * L + v * W, acc[i][v]);
+      UNROLL for (int i = 0; i < R; i++) UNROLL for (int v = 0; v < N; v++) {
+        store(o + i * L + v * W, fma(load(o + i * L + v * W), alpha[v], acc[i][v]));
+      }
     });
   }
 
@@ -275,13 +277,14 @@ class FlashForward {
     const Word* const weights = reinterpret_cast<const Word*>(c.s);
     for (int64_t d = 0; d < tiles.v_columns; d++) {
       for (int lane = 0; lane < N * W; lane++) {
-        Acc o = c.ot[g][d * L + lane] * alpha[lane / W][lane % W];
+        Acc sum = 0;
         for (int n = begin; n < end; n++) {
           const int word = n / Arith::kPerWord, which = n % Arith::kPerWord;
           const Acc w = number(weights[word * L + lane], which);
-          if (w != 0) o = fma(number(tile.v[word * tile.v_row + d], which), w, o);
+          if (w != 0) sum = fma(number(tile.v[word * tile.v_row + d], which), w, sum);
         }
-        c.ot[g][d * L + lane] = o;
+        Acc& o = c.ot[g][d * L + lane];
+        o = fma(o, static_cast<Acc>(alpha[lane / W][lane % W]), sum);
       }
     }
   }
@@ -332,7 +335,7 @@ class FlashForward {
                                                         bool partial) const {
     const int64_t stride = p.value.stride_row, ahead = elements_ahead(stride);
     V acc[R][N];
-    UNROLL for (int i = 0; i < R; i++) UNROLL for (int j = 0; j < N; j++) acc[i][j] = load(o + i * out_columns + j * W) * alpha[i];
+    clear_block(acc);
     for (int n = begin; n < end; n++) {
       V value[N];
       UNROLL for (int j = 0; j < N; j++) {
@@ -345,7 +348,10 @@ class FlashForward {
         UNROLL for (int j = 0; j < N; j++) acc[i][j] = fma(splat(w), value[j], acc[i][j]);
       }
     }
-    UNROLL for (int i = 0; i < R; i++) UNROLL for (int j = 0; j < N; j++) store(o + i * out_columns + j * W, acc[i][j]);
+    UNROLL for (int i = 0; i < R; i++) UNROLL for (int j = 0; j < N; j++) {
+      Acc* const at = o + i * out_columns + j * W;
+      store(at, fma(load(at), splat(alpha[i]), acc[i][j]));
+    }
   }
   template <int R>
   void attend_few_rows(Scratch& c, int64_t batch, int64_t kv_head) const {

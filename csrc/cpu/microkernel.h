@@ -49,16 +49,16 @@ constexpr int kRowQuantum = kMaxRows / 3;
 template <int N>
 using Int = std::integral_constant<int, N>;
 
-// Calls f(Int<R>, first) for blocks that cover the rows [begin, end); end - begin is a multiple of Max / 3.
-template <int Max, class F>
+// Calls f(Int<R>, first) for blocks that cover the rows [begin, end); end - begin is a multiple of Max / 3.  A block of
+// Max / 3 rows has too few sums to hide their latency, so that 4/3 Max is taken as two blocks of 2/3 Max, unless every
+// block must start a multiple of Max from `begin`.
+template <int Max, bool Aligned = false, class F>
 INLINE void for_row_blocks(int begin, int end, F&& f) {
+  constexpr int kTwoThirds = 2 * Max / 3, kThird = Max / 3;
   int r = begin;
-  for (; r + Max <= end; r += Max) f(Int<Max>{}, r);
-  if (end - r >= 2 * Max / 3) {
-    f(Int<2 * Max / 3>{}, r);
-    r += 2 * Max / 3;
-  }
-  if (r < end) f(Int<Max / 3>{}, r);
+  for (; end - r >= Max && (Aligned || end - r != 2 * kTwoThirds); r += Max) f(Int<Max>{}, r);
+  for (; end - r >= kTwoThirds; r += kTwoThirds) f(Int<kTwoThirds>{}, r);
+  if (r < end) f(Int<kThird>{}, r);
 }
 
 template <class Arith, int R, int N, class RowStride, class StepStride>
