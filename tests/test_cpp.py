@@ -18,8 +18,8 @@ def cmake_build(directory: Path, *options: str) -> Path:
     return directory
 
 
-def ctest(directory: Path) -> None:
-    output = run(require("ctest"), "--test-dir", directory, "--output-on-failure")
+def ctest(directory: Path, **environment: str) -> None:
+    output = run(require("ctest"), "--test-dir", directory, "--output-on-failure", env=os.environ | environment)
     assert "No tests were found" not in output
 
 
@@ -32,6 +32,12 @@ def test_unit_tests(cmake_directory: Path) -> None:
     ctest(cmake_directory)
 
 
+def test_kernels_under_sanitizers() -> None:
+    """Every access inside its array, every value defined: of the kernels too, which the unit tests run."""
+    options = ("-DATTN_EXT_SANITIZE=address,undefined", "-DCMAKE_BUILD_TYPE=None", "-DCMAKE_CXX_FLAGS=-O1 -g1")
+    ctest(cmake_build(ROOT / "build" / "cmake-sanitized", *options), ASAN_OPTIONS="detect_leaks=0")
+
+
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="older x86-64 processors")
 @pytest.mark.parametrize("processor", ["Nehalem", "Haswell"])
 def test_unit_tests_on_older_processors(cmake_directory: Path, processor: str) -> None:
@@ -40,7 +46,7 @@ def test_unit_tests_on_older_processors(cmake_directory: Path, processor: str) -
     programs = [p for p in (cmake_directory / "tests" / "cpp").glob("test_*") if os.access(p, os.X_OK)]
     assert programs
     for program in programs:
-        run(qemu, "-cpu", processor, program, timeout=900)
+        run(qemu, "-cpu", processor, program, "7", timeout=900)
 
 
 def test_aarch64() -> None:

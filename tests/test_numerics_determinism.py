@@ -61,6 +61,16 @@ def test_batch_element_alone(case: SimpleNamespace) -> None:
         assert_same_bits(alone, {name: t[element : element + 1] for name, t in together.items()})
 
 
+@pytest.mark.parametrize("kv_len", [1200, 2400])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_batch_element_alone_with_many_keys(dtype: torch.dtype, kv_len: int) -> None:
+    """Long enough for the keys to be split into ranges, whose sums of dQ have an order."""
+    inputs = make_inputs(8, 1, 64, kv_len, 32, dtype=dtype)
+    together = run(*inputs)
+    alone = run(*(t[2:3] for t in inputs))
+    assert_same_bits(alone, {name: t[2:3] for name, t in together.items()})
+
+
 def test_several_python_threads() -> None:
     torch.set_num_threads(2)
     jobs = [(name, dtype) for name in ("plain", "causal", "many_small") for dtype in DTYPES[:3]]

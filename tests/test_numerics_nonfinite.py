@@ -277,3 +277,28 @@ def test_scores_that_grow_along_the_keys(dtype: torch.dtype) -> None:
     ramp = torch.linspace(-40, 40, 700, dtype=torch.float32).view(1, 1, 1, 700)
     check_attention(query, key, value, mask=attn_ext.Dense(ramp))
     check_attention(query, key, value, mask=attn_ext.Dense(ramp.flip(-1)))
+
+
+@pytest.mark.parametrize("query_len", range(1, 9))
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_visible_key_of_weight_zero_may_be_infinite(query_len: int, masked: bool) -> None:
+    """However many lanes of a vector the queries leave idle."""
+    query = -torch.rand(1, 1, query_len, 8) - 0.1
+    key, value = torch.randn(1, 1, 5, 8), torch.randn(1, 1, 5, 8)
+    key[..., 0, :] = 0
+    key[..., 0, 0] = torch.inf
+    mask = attn_ext.KeyLengths([4]) if masked else None
+    results = run(query, key, value, mask=mask)
+    without = run(query, key[:, :, 1:], value[:, :, 1:], mask=attn_ext.KeyLengths([3]) if masked else None)
+    torch.testing.assert_close(results["out"], without["out"])
+    for name in ("grad_key", "grad_value"):
+        assert (results[name][:, :, 0] == 0).all(), name
+        torch.testing.assert_close(results[name][:, :, 1:], without[name])
+
+
+@pytest.mark.parametrize("query_len", [1, 8, 20])
+@pytest.mark.parametrize("kv_len", [12, 13, 16, 17])
+def test_nan_of_weight_zero_does_not_depend_on_the_length(query_len: int, kv_len: int) -> None:
+    query, key, value = torch.ones(1, 1, query_len, 16), torch.zeros(1, 1, kv_len, 16), torch.ones(1, 1, kv_len, 16)
+    key[..., 0, 0], key[..., 1, 0], value[..., 0, :] = -100, 100, torch.nan
+    assert attn_ext.attention(query, key, value, scale=1).isnan().all()

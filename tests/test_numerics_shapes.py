@@ -115,3 +115,13 @@ def test_lse_dtype(dtype: torch.dtype) -> None:
 def test_one_key_returns_its_value(dtype: torch.dtype) -> None:
     query, key, value = make_inputs(2, 3, 19, 1, 32, dtype=dtype)
     assert torch.equal(attn_ext.attention(query, key, value), value.expand(2, 3, 19, 32))
+
+
+def test_keys_without_queries_have_gradient_zero() -> None:
+    """No query head is a multiple of two key heads, too."""
+    query = torch.randn(1, 0, 5, 8, requires_grad=True)
+    key, value = (torch.randn(1, 2, 50, 8, requires_grad=True) for _ in range(2))
+    junk = [torch.full((1, 2, 50, 8), 7.0) for _ in range(8)]
+    del junk  # what the allocator hands out next
+    grads = torch.autograd.grad(attn_ext.attention(query, key, value).sum(), (query, key, value))
+    assert all((grad == 0).all() for grad in grads)

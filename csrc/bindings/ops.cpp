@@ -116,19 +116,13 @@ void set_key_lengths(MaskParams& mask, Tensor& key_lengths, const AttentionShape
   mask.key_lengths = lengths;
 }
 
-// j - i lies in (-query_len, kv_len).  A bound that excludes none of it is dropped and one that excludes all of it is
-// brought next to it, so that i + band_upper never overflows.
-void set_band(MaskParams& mask, std::optional<int64_t> lower, std::optional<int64_t> upper, const AttentionShape& shape) {
-  if (lower && *lower > -shape.query_len) mask.band_lower = std::min(*lower, shape.kv_len);
-  if (upper && *upper < shape.kv_len - 1) mask.band_upper = std::max(*upper, -shape.query_len);
-}
-
 MaskParams checked_mask(const Tensor& bias, Tensor& key_lengths, std::optional<int64_t> band_lower,
                         std::optional<int64_t> band_upper, const AttentionShape& shape) {
   MaskParams mask;
   if (bias) set_bias(mask, bias, shape);
   if (key_lengths) set_key_lengths(mask, key_lengths, shape);
-  set_band(mask, band_lower, band_upper, shape);
+  mask.band_lower = band_lower.value_or(MaskParams::no_lower);
+  mask.band_upper = band_upper.value_or(MaskParams::no_upper);
   return mask;
 }
 

@@ -18,8 +18,13 @@ struct KeyInterval {
 ATTN_HD int64_t min_i64(int64_t a, int64_t b) { return a < b ? a : b; }
 ATTN_HD int64_t max_i64(int64_t a, int64_t b) { return a > b ? a : b; }
 
+// Whether any part of the mask, dense ones included, can hide a key from a query.
+ATTN_HD bool may_hide_keys(const MaskParams& mask, const AttentionShape& shape) {
+  return mask.key_lengths || mask.bias.data || mask.band_lower > -shape.query_len || mask.band_upper < shape.kv_len;
+}
+
 // The keys query i of a batch element may attend to (dense masks aside).  Bands may be anything an int64 holds:
-// they are brought into [-query_len, kv_len] before they are added to an index.
+// they are brought next to [-query_len, kv_len] before they are added to an index.
 ATTN_HD KeyInterval visible_keys(const MaskParams& mask, const AttentionShape& shape, int64_t batch, int64_t i) {
   KeyInterval keys{0, shape.kv_len};
   if (mask.key_lengths) keys.hi = max_i64(0, min_i64(keys.hi, mask.key_lengths[batch]));

@@ -8,8 +8,8 @@
 // D_i = rowsum(dO * O) - d_lse: the gradient of lse enters as a shift.  dQ and dK get the softmax scale when stored.
 //
 // A unit of work owns (batch, kv head, a range of keys), so dK and dV need no sharing; every range has its own partial
-// dQ, and they are added in the order of the ranges.  Ranges follow from the shape alone: the bits of the result do not
-// depend on the number of threads.
+// dQ, and they are added in the order of the ranges.  Ranges follow from the shape of one batch element alone: its bits
+// depend neither on the number of threads nor on the rest of the batch.
 namespace attn_ext::cpu {
 namespace {
 
@@ -34,8 +34,6 @@ class FlashBackward {
   const int64_t blocks = div_up(shape.kv_len, kMaxKeys);
   const int keys = static_cast<int>(round_up(div_up(max_i64(1, shape.kv_len), max_i64(1, blocks)), kMaxRows));  // per block
   const Acc scale_log2 = static_cast<Acc>(p.scale * kLog2E);
-  const bool checks_finite = p.mask.key_lengths || p.mask.bias.data || p.mask.band_lower > -shape.query_len ||
-                             p.mask.band_upper < shape.kv_len;
 
   struct QueryPanel {  // everything about L queries, packed once per unit
     Word *qt, *gt;     // [k_words][L], [v_words][L]: Q and dO, lanes are queries; fp32 queries carry scale * log2(e)
@@ -174,10 +172,12 @@ class FlashBackward {
       if (bias_class == TileClass::skip) return;
     }
     const bool has_bias = bias_class == TileClass::partial;
-    if (has_bias || tile_class == TileClass::partial) q.mask->set_tile(b.begin);
+    // Idle lanes are hidden only where the mask is looked at, and must be where 0 * key is not 0.
+    const bool masked = has_bias || !b.is_finite;
+    if (masked || tile_class == TileClass::partial) q.mask->set_tile(b.begin);
     for_row_blocks<kMaxRows / 2>(begin, end, [&](auto block, int r) {
       constexpr int R = block;
-      if (has_bias || q.mask->is_partial(b.begin, r, R)) weigh<R, true>(b, q, w, has_bias ? bias_tile : nullptr, r);
+      if (masked || q.mask->is_partial(b.begin, r, R)) weigh<R, true>(b, q, w, has_bias ? bias_tile : nullptr, r);
       else weigh<R, false>(b, q, w, nullptr, r);
     });
     w.begin = begin;
@@ -221,8 +221,8 @@ class FlashBackward {
       add_block(dq + m * L, acc);
     });
   }
-  // The same three products one weight at a time, in the same order, for tiles where 0 * x is not 0: hidden numbers must
-  // not get out.
+  // The same three products one weight at a time, for tiles where 0 * x is not 0: hidden numbers must not get out.  In
+  // the same order too, so that with one number per word the bits of everything else stay as they are.
   void add_nonzero(const Scratch& c, KeyBlock& b, QueryPanel* query, int count) const {
     const auto at = [](const Word* words, int n, int m) { return number(words[n * kPanelWords + m / kPer], m % kPer); };
     const auto column = [](const Word* rows, int m, int64_t d) {
@@ -335,7 +335,7 @@ class FlashBackward {
     const int64_t width = round_up(words, W);
     for (int m = 0; m < L; m++) {
       load_row(c.rows + m * width, rows[m], rows[m] ? columns : 0, width, factor);
-      if (checks_finite && rows[m] && !row_is_finite(rows[m], columns)) q.is_finite = false;
+      if (rows[m] && !row_is_finite(rows[m], columns)) q.is_finite = false;
     }
     for (int v = 0; v < 2; v++) transpose_rows(lanes + v * W, L, c.rows + v * W * width, width, width);
     for (int m = 0; m < q.rows; m += kPer) {
@@ -370,8 +370,8 @@ class FlashBackward {
       load_word_rows<kPer>(b.k_lanes + d * keys / kPer * L, k + d * L, p.key.stride_row, valid, b.rows,
                            min_i64(L, shape.head_dim - d * L), L);
     }
-    b.is_finite = !checks_finite || (rows_are_finite(k, p.key.stride_row, valid, shape.head_dim) &&
-                                     rows_are_finite(v, p.value.stride_row, valid, shape.value_dim));
+    b.is_finite = rows_are_finite(k, p.key.stride_row, valid, shape.head_dim) &&
+                  rows_are_finite(v, p.value.stride_row, valid, shape.value_dim);
     for (int64_t d = 0; d < k_panels; d++) std::memset(b.dk + d * keys * L, 0, b.rows * L * sizeof(Acc));
     for (int64_t d = 0; d < v_panels; d++) std::memset(b.dv + d * keys * L, 0, b.rows * L * sizeof(Acc));
   }
@@ -395,8 +395,7 @@ class FlashBackward {
   };
 
   int64_t range_count() const {
-    const int64_t heads = shape.batch * shape.kv_heads;
-    return max_i64(1, min_i64(div_up(kUnits, heads), blocks / 4));
+    return max_i64(1, min_i64(div_up(kUnits, shape.kv_heads), blocks / 4));
   }
   // Boundaries of equal work: a block of keys costs the queries that see it.
   void split(Range* ranges, int64_t count) const {
@@ -457,7 +456,7 @@ class FlashBackward {
     }
   }
 
-  // dQ of one row, from the partial sums of the ranges that saw its panel, in their order.
+  // dQ of a panel, from the partial sums of the ranges that saw its panel, in their order.
   void sum_partials(const Acc* partials, const Range* ranges, int64_t count, int64_t batch, int64_t kv_head, int64_t segment,
                     int64_t panel) const {
     LaneMask<Acc> mask;
@@ -480,12 +479,21 @@ class FlashBackward {
     }
   }
 
+  void store_zeros() const {  // keys and values that no query head reads
+    for (int64_t row = 0; row < shape.batch * shape.kv_heads * shape.kv_len; row++) {
+      const int64_t head = row / shape.kv_len, batch = head / shape.kv_heads;
+      std::memset(row_pointer<T>(p.grad_key, batch, head % shape.kv_heads, row % shape.kv_len), 0, shape.head_dim * sizeof(T));
+      std::memset(row_pointer<T>(p.grad_value, batch, head % shape.kv_heads, row % shape.kv_len), 0, shape.value_dim * sizeof(T));
+    }
+  }
+
  public:
   explicit FlashBackward(const BackwardParams& params) : p(params) {}
 
   void run(const Executor& executor) const {
     const int64_t heads = shape.batch * shape.kv_heads;
-    if (heads == 0 || shape.heads == 0) return;
+    if (heads == 0) return;
+    if (shape.heads == 0) return store_zeros();
     const int64_t range_total = range_count(), units = heads * range_total;
     Range ranges[kUnits];
     split(ranges, range_total);

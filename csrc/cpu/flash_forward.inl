@@ -1,86 +1,13 @@
 // Flash attention forward (Dao et al. 2022, 2023), queries in lanes.
 //
 // A SIMD lane is a query.  Qt[d][lane] is transposed once per tile of queries; then for every tile of keys
-//   S^T[n][lane]  = sum_d K[n][d] * Qt[d][lane]            K is broadcast, neither packed nor transposed
+//   S^T[n][lane]  = sum_d K[n][d] * Qt[d][lane]            K is broadcast: nothing is transposed
 //   P^T[n][lane]  = 2^(S - m)                              maximum, weights and sums are lane by lane: no reductions
 //   O^T[d][lane]  = alpha * O^T + sum_n V[n][d] * P^T[n][lane]
 // and O^T is transposed back once.  Memory beyond inputs and outputs: one tile per thread, and K and V once more where
-// they must be converted or interleaved (see KeyTiles).
+// their layout calls for it (see KeyTiles).
 namespace attn_ext::cpu {
 namespace {
-
-template <class Arith>
-struct ForwardTile {
-  using Acc = typename Arith::Acc;
-  static constexpr int kLaneGroups = 4;                                // of kGroupLanes queries each
-  static constexpr int kQueries = kLaneGroups * kGroupLanes<Acc>;
-  static constexpr int kMaxKeys = 192 * Arith::kPerWord;               // scores of a group stay in L1, K and V in L2
-};
-
-// A tile of keys as the products want it.  Rows from the last key on, up to a multiple of kRowQuantum, are zeros.
-template <class Word>
-struct KeyTile {
-  const Word *k, *v;         // [rows][k_row], [rows / numbers per word][v_row]
-  int64_t k_row, v_row;      // in words
-  int64_t begin;
-  int rows;
-  bool value_is_finite;
-};
-
-// Hands out tiles of keys: from the tensors themselves where their layout allows it, else from packed copies.
-template <class Arith, class T>
-struct KeyTiles {
-  using Word = typename Arith::Word;
-  const ForwardParams& p;
-  const int64_t k_words = div_up(p.shape.head_dim, Arith::kPerWord);
-  const int64_t v_columns = round_up(p.shape.value_dim, kRowQuantum);
-  // Tiles of equal length: a short last one would leave its row blocks half empty.
-  const int64_t keys = round_up(
-      div_up(max_i64(1, p.shape.kv_len), max_i64(1, div_up(p.shape.kv_len, ForwardTile<Arith>::kMaxKeys))), kMaxRows);
-  const int64_t tiles = div_up(p.shape.kv_len, keys);
-  const bool natural = std::is_same_v<T, Word> && v_columns == p.shape.value_dim;
-  const bool checks_finite = p.mask.key_lengths || p.mask.bias.data || p.mask.band_lower > -p.shape.query_len ||
-                             p.mask.band_upper < p.shape.kv_len;
-
-  struct Store {  // packed tiles and whether their values are finite
-    Word *k, *v;
-    bool* finite;
-    void take(Pieces& pieces, const KeyTiles& t, int64_t tiles) {
-      k = pieces.take<Word>(tiles * t.keys * t.k_words);
-      v = pieces.take<Word>(tiles * t.keys / Arith::kPerWord * t.v_columns);
-      finite = pieces.take<bool>(tiles);
-    }
-  };
-
-  int valid_keys(int64_t tile) const { return static_cast<int>(min_i64(keys, p.shape.kv_len - tile * keys)); }
-  KeyTile<Word> packed(const Store& store, int64_t slot, int64_t tile) const {
-    return {store.k + slot * keys * k_words, store.v + slot * keys / Arith::kPerWord * v_columns, k_words, v_columns,
-            tile * keys, static_cast<int>(round_up(valid_keys(tile), kRowQuantum)), store.finite[slot]};
-  }
-  void pack(const Store& store, int64_t slot, int64_t batch, int64_t kv_head, int64_t tile) const {
-    const int valid = valid_keys(tile), rows = static_cast<int>(round_up(valid, kRowQuantum));
-    const T* k = row_pointer<T>(p.key, batch, kv_head, tile * keys);
-    const T* v = row_pointer<T>(p.value, batch, kv_head, tile * keys);
-    Word* k_out = store.k + slot * keys * k_words;
-    for (int r = 0; r < rows; r++) load_row(k_out + r * k_words, k + r * p.key.stride_row, r < valid ? p.shape.head_dim : 0, k_words);
-    load_word_rows<Arith::kPerWord>(store.v + slot * keys / Arith::kPerWord * v_columns, v, p.value.stride_row, valid, rows,
-                       p.shape.value_dim, v_columns);
-    store.finite[slot] = !checks_finite || rows_are_finite(v, p.value.stride_row, valid, p.shape.value_dim);
-  }
-  // Without packed copies of the whole head: in place, or through slot 0 of a store of one tile.
-  KeyTile<Word> fetch(const Store& scratch, int64_t batch, int64_t kv_head, int64_t tile) const {
-    const int valid = valid_keys(tile);
-    if (natural && valid % kRowQuantum == 0) {
-      const T* k = row_pointer<T>(p.key, batch, kv_head, tile * keys);
-      const T* v = row_pointer<T>(p.value, batch, kv_head, tile * keys);
-      return {reinterpret_cast<const Word*>(k), reinterpret_cast<const Word*>(v), p.key.stride_row, p.value.stride_row,
-              tile * keys, valid,
-              !checks_finite || rows_are_finite(v, p.value.stride_row, valid, p.shape.value_dim)};
-    }
-    pack(scratch, 0, batch, kv_head, tile);
-    return packed(scratch, 0, tile);
-  }
-};
 
 template <class Arith, class T>
 class FlashForward {
@@ -356,9 +283,9 @@ class FlashForward {
   template <int R>
   void attend_few_rows(Scratch& c, int64_t batch, int64_t kv_head) const {
     const int count = static_cast<int>(work.rows), padded = static_cast<int>(round_up(count, R));
-    start_group(c, 0, batch, kv_head, 0, 0, count);
-    const Acc* const q = reinterpret_cast<const Acc*>(c.rows);  // scaled, as start_group left them
-    Acc* const o = c.ot[0];                                     // [padded][out_columns]
+    load_queries(c, 0, batch, kv_head, 0, 0, count);
+    const Acc* const q = reinterpret_cast<const Acc*>(c.rows);
+    Acc* const o = c.ot[0];  // [padded][out_columns]
     const KeyInterval any = c.mask[0].keys.any;
     for (int64_t t = any.lo / tiles.keys; t * tiles.keys < any.hi; t++) {
       const int64_t tile_begin = t * tiles.keys;
@@ -370,7 +297,8 @@ class FlashForward {
           [&](int begin, int end) {
             for (int i = 0; i < padded; i += R) score_few_rows<R>(c.s + i, k, q + i * q_columns, begin, end, valid);
           },
-          [&](const V(&alpha)[1], int begin, int end, bool partial) {
+          [&](const V(&alpha)[1], int begin, int end, bool is_partial) {
+            const bool partial = is_partial && tiles.checks_finite;  // not for a mere tail of keys
             alignas(V) Acc factors[W];
             store(factors, alpha[0]);
             const int last = end < valid ? end : valid;
@@ -399,18 +327,21 @@ class FlashForward {
   }
 
   // ---------------------------------------------------------------- one tile of queries
-  void start_group(Scratch& c, int g, int64_t batch, int64_t kv_head, int64_t segment, int64_t row, int count) const {
+  // The state of a group before its first key, and its queries, scaled, as rows of c.rows up to a whole vector of lanes.
+  void load_queries(Scratch& c, int g, int64_t batch, int64_t kv_head, int64_t segment, int64_t row, int count) const {
     c.mask[g].set_rows(p.mask, shape, work, batch, kv_head, segment, row, count);
-    const int vectors = count > W ? 2 : 1;
     WorkRow at = work.at(kv_head, segment, row);
     for (int lane = 0; lane < count; lane++, work.advance(at)) {
       load_row(c.rows + lane * q_columns, row_pointer<T>(p.query, batch, at), shape.head_dim, q_columns,
                static_cast<Word>(query_factor));
     }
-    std::memset(c.rows + count * q_columns, 0, (vectors * W - count) * q_columns * sizeof(Word));
-    for (int v = 0; v < vectors; v++) transpose_rows(c.qt[g] + v * W, L, c.rows + v * W * q_columns, q_columns, q_columns);
+    std::memset(c.rows + count * q_columns, 0, (round_up(count, W) - count) * q_columns * sizeof(Word));
     for (int v = 0; v < kGroupVectors; v++) c.softmax[g * kGroupVectors + v] = Softmax{};
     std::memset(c.ot[g], 0, out_columns * L * sizeof(Acc));
+  }
+  void start_group(Scratch& c, int g, int64_t batch, int64_t kv_head, int64_t segment, int64_t row, int count) const {
+    load_queries(c, g, batch, kv_head, segment, row, count);
+    for (int v = 0; v < count; v += W) transpose_rows(c.qt[g] + v, L, c.rows + v * q_columns, q_columns, q_columns);
   }
 
   void finish_group(Scratch& c, int g, int64_t batch, int64_t kv_head, int64_t segment, int64_t row, int count) const {

@@ -4,6 +4,7 @@
 #include "cpu/microkernel.h"
 #include "cpu/rows.inl"
 #include "cpu/lane_mask.inl"
+#include "cpu/key_tiles.inl"
 #include "cpu/flash_forward.inl"
 #include "cpu/flash_backward.inl"
 

@@ -44,8 +44,8 @@ struct LaneMask {
         if (lane == 0) keys = TileKeys::of(lane_keys[0]);
         else keys.add(lane_keys[lane]);
         work.advance(row);
-      } else {  // idle lanes repeat the last row
-        lane_keys[lane] = lane_keys[count - 1];
+      } else {  // idle lanes see nothing, and read the last row's bias
+        lane_keys[lane] = {0, 0};
         bias_offset[lane] = bias_offset[count - 1];
       }
     }

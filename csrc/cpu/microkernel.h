@@ -1,9 +1,10 @@
-// The register-blocked product, the only loop of the library that does real work:
+// The register-blocked product:
 //
 //   acc[r][v] += sum_k  a(r, k) * b(k)[v]        rows r, vectors v, k = 0 .. steps - 1
 //
 // a is broadcast word by word, b is loaded as vectors.  What a, b, rows and lanes mean (keys, queries, columns) is
-// the caller's business: every product of the forward and backward passes is this block, walked differently.
+// the caller's business: every product of the forward and backward passes is this block, walked differently (but for a few queries, which want
+// another order: see flash_forward.inl).
 // An arithmetic says what a word is: one number, or the two bf16 numbers that vdpbf16ps multiplies and adds at once.
 namespace attn_ext::cpu {
 namespace {

@@ -28,7 +28,7 @@ INLINE void load_word_row(E* words, const T* const* rows, int64_t columns, int64
 }
 #if defined(ATTN_EXT_AVX512_BF16)
 INLINE void load_row(uint32_t* words, const BFloat16* row, int64_t count, int64_t padded, uint32_t = 1) {
-  std::memcpy(words, row, count * sizeof(BFloat16));
+  if (count) std::memcpy(words, row, count * sizeof(BFloat16));
   std::memset(reinterpret_cast<BFloat16*>(words) + count, 0, padded * sizeof(uint32_t) - count * sizeof(BFloat16));
 }
 INLINE void load_word_row(uint32_t* words, const BFloat16* const* rows, int64_t columns, int64_t padded) {
@@ -99,13 +99,14 @@ struct WorkRow {
 };
 
 // The query rows that share a kv head, as rows of work.  Usually each head of the group is a segment of its own; when
-// the queries of one head would not fill a tile, all heads of the group are laid end to end in a single segment.
+// the queries of one head are fewer than are worked on together, all heads of the group are laid end to end in a single
+// segment.
 struct WorkRows {
   int64_t segments, rows;  // per kv head
   int64_t group, query_len;
 
-  INLINE WorkRows(const AttentionShape& shape, int64_t tile_rows) : group(shape.group()), query_len(shape.query_len) {
-    const bool joined = group > 1 && query_len < tile_rows;
+  INLINE WorkRows(const AttentionShape& shape, int64_t rows_together) : group(shape.group()), query_len(shape.query_len) {
+    const bool joined = group > 1 && query_len < rows_together;
     segments = joined ? 1 : group;
     rows = joined ? group * query_len : query_len;
   }

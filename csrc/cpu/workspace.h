@@ -26,12 +26,16 @@ inline size_t round_up_to_line(size_t bytes) { return (bytes + kCacheLine - 1) /
 
 // Cuts pieces off a block.  Started at null it only measures: used() is then what a real run will need.
 class Pieces {
+  static constexpr size_t kMostBytes = ~size_t{0} / 4 / kCacheLine * kCacheLine;  // which no allocation will grant
+
  public:
   explicit Pieces(char* base) : base_(base) {}
   template <class T>
   T* take(size_t count) {
     char* piece = base_ ? base_ + used_ : nullptr;
-    used_ += round_up_to_line(count * sizeof(T));
+    size_t bytes;
+    if (__builtin_mul_overflow(count, sizeof(T), &bytes) || bytes > kMostBytes - used_) bytes = kMostBytes - used_;
+    used_ += round_up_to_line(bytes);
     return reinterpret_cast<T*>(piece);
   }
   size_t used() const { return used_; }

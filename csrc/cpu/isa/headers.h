@@ -8,11 +8,14 @@
 #include <type_traits>
 #include <utility>
 #if defined(__x86_64__)
-#if defined(__GNUC__) && !defined(__clang__)
+#if defined(__clang__)
+#error "on x86-64 attn_ext needs GCC: clang knows no GCC target regions"
+#elif __GNUC__ < 12
+#error "attn_ext needs GCC 12 or later"
+#endif
 // GCC's AVX-512 intrinsics leave masked-off lanes undefined on purpose, and GCC 12 warns about it where they are inlined.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #pragma GCC diagnostic ignored "-Wuninitialized"
-#endif
 #include <immintrin.h>
 #elif defined(__aarch64__)
 #include <arm_neon.h>
