@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch._functorch.autograd_function import enable_single_level_autograd_function
 from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
 from torch.compiler import is_compiling
 from torch.utils.flop_counter import register_flop_formula
 
@@ -190,17 +191,23 @@ def _reject_double_backward(*_: Any) -> None:
     raise NotImplementedError("double backward of attention is not implemented in this release")
 
 
-class _Attention(torch.autograd.Function):
+class _Function(_SingleLevelFunction):
+    """An autograd function of one level, as a kernel in the dispatcher needs it: torch.func peels its own."""
+
+    _compiled_autograd_key = staticmethod(torch.autograd.Function._compiled_autograd_key)
+
+
+class _Attention(_Function):
     @staticmethod
-    def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, *mask_and_scale: Any
-    ) -> tuple[Tensor, ...]:
-        out, lse, lse_residual = _call_below_autograd(attention_forward, query, key, value, *mask_and_scale)
-        bias, key_lengths, *ctx.scale_and_band = mask_and_scale
-        ctx.save_for_backward(query, key, value, out, lse, lse_residual, bias, key_lengths)
-        ctx.mark_non_differentiable(lse_residual)
+    def forward(*args: Any) -> tuple[Tensor, ...]:
+        return _call_below_autograd(attention_forward, *args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        query, key, value, bias, key_lengths, *ctx.scale_and_band = inputs
+        ctx.save_for_backward(query, key, value, *output, bias, key_lengths)
+        ctx.mark_non_differentiable(output[2])  # lse_residual
         ctx.set_materialize_grads(False)
-        return out, lse, lse_residual
 
     @staticmethod
     def backward(
@@ -217,18 +224,21 @@ class _Attention(torch.autograd.Function):
     jvp = staticmethod(_reject_forward_mode)
 
 
-class _AttentionBackward(torch.autograd.Function):
+class _AttentionBackward(_Function):
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+    def forward(*args: Any) -> tuple[Tensor, ...]:
         return _call_below_autograd(attention_backward, *args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
 
     backward = staticmethod(_reject_double_backward)
     jvp = staticmethod(_reject_forward_mode)
 
 
-# `Function.apply` without its inspection of signatures.
-_apply_attention = super(torch.autograd.Function, _Attention).apply
-_apply_attention_backward = super(torch.autograd.Function, _AttentionBackward).apply
+_apply_attention = _Attention.apply
+_apply_attention_backward = _AttentionBackward.apply
 
 
 def _apply_at_level(apply: Any, args: tuple[Any, ...]) -> Any:
