@@ -13,17 +13,22 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from ._merge import merge
+from ._override import override_sdpa
 from ._version import __version__
 from .functional import attention, scaled_dot_product_attention
-from .masks import Causal, Dense, KeyLengths, Mask
+from .masks import Causal, Dense, KeyLengths, Mask, SlidingWindow
 
 __all__ = [
     "Causal",
     "Dense",
     "KeyLengths",
     "Mask",
+    "SlidingWindow",
     "__version__",
     "attention",
+    "merge",
+    "override_sdpa",
     "scaled_dot_product_attention",
 ]
 

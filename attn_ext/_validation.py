@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ._ops import reject_mask_gradient
-from .masks import FLOAT_DTYPES, Dense, KeyLengths, Mask
+from .masks import FLOAT_DTYPES, Dense, KeyLengths, Mask, from_causal_bias, is_causal_bias
 
 MAX_HEAD_DIM = 1024
 BATCH_DIMENSIONS = "the batch dimensions of query, key and value"
@@ -71,6 +71,9 @@ def check_scaled_dot_product_attention(
         return
     if is_causal:
         raise ValueError("attn_mask must be None when is_causal is True")
+    if is_causal_bias(attn_mask):
+        from_causal_bias(attn_mask, query.shape[-2], key.shape[-2])
+        return
     scores = (*batch_shape, *heads, query.shape[-2], key.shape[-2])
     _check_dense_mask("attn_mask", attn_mask, scores, query.device)
 
@@ -140,7 +143,7 @@ def _check_strided(name: str, tensor: Tensor) -> None:
 def _dtype_in_kernel(tensor: Tensor) -> torch.dtype:
     """The dtype after autocast, which leaves float64 alone."""
     device = tensor.device.type
-    autocasts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    autocasts = device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
     return torch.get_autocast_dtype(device) if autocasts and tensor.dtype != torch.float64 else tensor.dtype
 
 

@@ -16,7 +16,7 @@ from torch.compiler import is_compiling
 from . import _validation
 from ._ops import attend, attend_output, attention_forward, attention_output
 from ._validation import BATCH_DIMENSIONS, HEADS, broadcast_shapes
-from .masks import Mask
+from .masks import Mask, from_causal_bias, is_causal_bias
 
 __all__ = ["attention", "scaled_dot_product_attention"]
 
@@ -157,6 +157,9 @@ def _attend_broadcast(
     q, k, v = query.shape, key.shape, value.shape
     scale = q[-1] ** -0.5 if scale is None else _finite(scale)
     band_upper = 0 if is_causal else None
+    if attn_mask is not None and is_causal_bias(attn_mask):
+        band_upper = from_causal_bias(attn_mask, q[-2], k[-2]).lower(q[-2], k[-2], query.device).band_upper
+        attn_mask = None
     if (
         len(q) == len(k) == len(v) == 4
         and q[0] == k[0] == v[0]

@@ -6,6 +6,7 @@ the score matrix, a number of keys for each batch entry, and a dense tensor wher
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -14,9 +15,11 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Causal", "Dense", "KeyLengths", "Mask"]
+__all__ = ["Causal", "Dense", "KeyLengths", "Mask", "SlidingWindow"]
 
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+_BEYOND_ANY_LENGTH = 2**62  # and, with a length added, still an int64
 
 
 class LoweredMask(NamedTuple):
@@ -87,11 +90,50 @@ class Causal(Mask):
     align: Literal["top_left", "bottom_right"] = "top_left"
 
     def __post_init__(self) -> None:
-        if self.align not in ("top_left", "bottom_right"):
-            raise ValueError(f"align must be 'top_left' or 'bottom_right', got {self.align!r}")
+        _check_align(self.align)
 
     def lower(self, query_len: int, kv_len: int, device: torch.device) -> LoweredMask:
         return LoweredMask(band_upper=0 if self.align == "top_left" else kv_len - query_len)
+
+
+@dataclass(frozen=True)
+class SlidingWindow(Mask):
+    """A query attends to the keys near its own position: query i to keys i - left .. i + right, inclusive.
+
+    The inclusive window of flash-attn; ``left=n - 1, right=0`` is the causal window of n keys of Longformer
+    (Beltagy et al., 2020) and Mistral. The kernels visit the tiles of the window only.
+
+    Args:
+        left: how many keys before its own position a query sees; None for all.
+        right: how many after it; None for all.
+        align: what "its own position" is when there are not as many queries as keys: i, ``"top_left"``, or
+            i + Lk - Lq, ``"bottom_right"``, which flash-attn and decoding with a cache have.
+
+    Raises:
+        TypeError: ``left`` or ``right`` is neither an int nor None.
+        ValueError: ``left`` or ``right`` is negative, or ``align`` is neither.
+    """
+
+    left: int | None = None
+    right: int | None = None
+    align: Literal["top_left", "bottom_right"] = "top_left"
+
+    def __post_init__(self) -> None:
+        for name, size in (("left", self.left), ("right", self.right)):
+            if size is None:
+                continue
+            if isinstance(size, bool) or not isinstance(size, (int, torch.SymInt)):
+                raise TypeError(f"{name} must be an int, or None for no bound, got {type(size).__name__}")
+            if size < 0:
+                raise ValueError(f"{name} must not be negative (None is no bound), got {size}")
+        _check_align(self.align)
+
+    def lower(self, query_len: int, kv_len: int, device: torch.device) -> LoweredMask:
+        diagonal = 0 if self.align == "top_left" else kv_len - query_len
+        return LoweredMask(
+            band_lower=None if self.left is None else diagonal - min(self.left, _BEYOND_ANY_LENGTH),
+            band_upper=None if self.right is None else diagonal + min(self.right, _BEYOND_ANY_LENGTH),
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,6 +222,32 @@ class Conjunction(Mask):
 
     def lower(self, query_len: int, kv_len: int, device: torch.device) -> LoweredMask:
         return reduce(_lowered_and, (mask.lower(query_len, kv_len, device) for mask in self.masks))
+
+
+def is_causal_bias(tensor: Any) -> bool:
+    """Whether this is one of the `torch.nn.attention.bias.CausalBias`, which are tensors in name only."""
+    # Whoever has one has loaded its module; loading it here would load the compiler.
+    module = sys.modules.get("torch.nn.attention.bias")
+    return module is not None and isinstance(tensor, module.CausalBias)
+
+
+def from_causal_bias(bias: Any, query_len: int, kv_len: int) -> Causal:
+    """The mask that a `torch.nn.attention.bias.CausalBias` stands for.
+
+    Raises:
+        ValueError: it was made for other lengths.
+    """
+    if (bias.seq_len_q, bias.seq_len_kv) != (query_len, kv_len):
+        raise ValueError(
+            f"attn_mask must be a CausalBias for the lengths of query and key, ({query_len}, {kv_len}), "
+            f"got one for ({bias.seq_len_q}, {bias.seq_len_kv})"
+        )
+    return Causal("top_left" if bias.variant.name == "UPPER_LEFT" else "bottom_right")
+
+
+def _check_align(align: str) -> None:
+    if align not in ("top_left", "bottom_right"):
+        raise ValueError(f"align must be 'top_left' or 'bottom_right', got {align!r}")
 
 
 def _lowered_and(a: LoweredMask, b: LoweredMask) -> LoweredMask:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import copy
 import pickle
+import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.nn.attention.bias import CausalBias, causal_lower_right, causal_upper_left
 
 import attn_ext
-from attn_ext import Causal, Dense, KeyLengths, Mask
+from attn_ext import Causal, Dense, KeyLengths, Mask, SlidingWindow
+from attn_ext.masks import LoweredMask
 
 B, H, LQ, LK = 3, 2, 4, 6
 LENGTHS = [6, 0, 3]
@@ -20,6 +24,12 @@ row, column = torch.arange(LQ)[:, None], torch.arange(LK)
 MASKS = {
     "top_left": (Causal(), row >= column),
     "bottom_right": (Causal("bottom_right"), column <= row + LK - LQ),
+    "window": (SlidingWindow(1, 2), (column - row >= -1) & (column - row <= 2)),
+    "bottom-right window": (
+        SlidingWindow(0, 1, "bottom_right"),
+        (column - row >= LK - LQ) & (column - row <= LK - LQ + 1),
+    ),
+    "left window": (SlidingWindow(left=2), column >= row - 2),
     "key_lengths": (KeyLengths(LENGTHS), column < torch.tensor(LENGTHS)[:, None, None, None]),
     "allowed": (Dense(ALLOWED), ALLOWED),
     "added": (Dense(ADDED), ADDED),
@@ -121,6 +131,7 @@ def test_equality():
     [
         (Causal(), "Causal(align='top_left')"),
         (Causal("bottom_right"), "Causal(align='bottom_right')"),
+        (SlidingWindow(3), "SlidingWindow(left=3, right=None, align='top_left')"),
         (KeyLengths(LENGTHS), "KeyLengths([6, 0, 3])"),
         (KeyLengths([1] * 100), "KeyLengths(int64 (100,))"),
         (Dense(ALLOWED), "Dense(bool (6,))"),
@@ -145,9 +156,97 @@ def test_masks_are_immutable(mask, field):
 
 
 @pytest.mark.parametrize("align", ["left", "", None, 1])
-def test_bad_alignment(align):
+@pytest.mark.parametrize("make", [Causal, lambda align: SlidingWindow(1, 1, align)])
+def test_bad_alignment(make, align):
     with pytest.raises(ValueError, match="align must be 'top_left' or 'bottom_right', got"):
-        Causal(align)
+        make(align)
+
+
+def test_windows_are_bands():
+    cpu = torch.device("cpu")
+    assert SlidingWindow().lower(LQ, LK, cpu) == LoweredMask()
+    assert SlidingWindow(3, 0).lower(LQ, LK, cpu) == LoweredMask(band_lower=-3, band_upper=0)
+    window = SlidingWindow(3, 1, "bottom_right")
+    assert window.lower(LQ, LK, cpu) == LoweredMask(band_lower=-1, band_upper=3)
+    assert (window & Causal() & SlidingWindow(0)).lower(LQ, LK, cpu) == LoweredMask(None, None, 0, 0)
+    assert SlidingWindow(0, 0) == SlidingWindow(0, 0) != SlidingWindow(0)
+
+
+@pytest.mark.parametrize("align", ["top_left", "bottom_right"])
+@pytest.mark.parametrize("size", [sys.maxsize, 2**63, 10**30])
+@pytest.mark.parametrize(("query_len", "kv_len"), [(LQ, LK), (LK, LQ)])
+def test_windows_of_any_size(align, size, query_len, kv_len):
+    query, key, value = (torch.randn(B, H, length, 8) for length in (query_len, kv_len, kv_len))
+    out = attn_ext.attention(query, key, value, mask=SlidingWindow(size, size, align))
+    assert torch.equal(out, attn_ext.attention(query, key, value))
+
+
+@pytest.mark.parametrize("size", [1.0, "1", True, torch.tensor(1)])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_window_that_is_no_int(side, size):
+    with pytest.raises(TypeError, match=f"{side} must be an int, or None for no bound, got"):
+        SlidingWindow(**{side: size})
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_negative_window(side):
+    with pytest.raises(ValueError, match=rf"{side} must not be negative \(None is no bound\), got -1"):
+        SlidingWindow(**{side: -1})
+
+
+def test_compiled_windows():
+    def windowed(query, key):
+        mask = SlidingWindow(query.shape[2] // 2, 0, "bottom_right") & Causal()
+        return attn_ext.attention(query, key, key, mask=mask)
+
+    compiled = torch.compile(windowed, backend="aot_eager", fullgraph=True, dynamic=True)
+    for query_len in (LQ, LQ + 3):
+        query, key = torch.randn(B, H, query_len, 8), torch.randn(B, H, LK, 8)
+        torch.testing.assert_close(compiled(query, key), windowed(query, key))
+
+
+CAUSAL_BIASES = {"upper_left": causal_upper_left, "lower_right": causal_lower_right}
+
+
+@pytest.mark.filterwarnings("ignore:Lower right causal bias will produce NaNs")
+@pytest.mark.parametrize("shape", [(2, 3), (), (1,), (2, 1, 3)], ids=str)
+@pytest.mark.parametrize(("query_len", "kv_len"), [(4, 6), (6, 4), (5, 5), (1, 7)])
+@pytest.mark.parametrize("make", CAUSAL_BIASES.values(), ids=CAUSAL_BIASES)
+def test_causal_bias(make, query_len, kv_len, shape, monkeypatch):
+    bias = make(query_len, kv_len)
+    inputs = [
+        torch.randn(*shape, length, 8, dtype=torch.float64, requires_grad=True)
+        for length in (query_len, kv_len, kv_len)
+    ]
+    expected = F.scaled_dot_product_attention(*inputs, bias)
+    monkeypatch.setattr(CausalBias, "_materialize", None)
+    out = attn_ext.scaled_dot_product_attention(*inputs, bias, scale=None)
+    torch.testing.assert_close(out, expected)
+    grad_out = torch.randn_like(out)
+    torch.testing.assert_close(
+        torch.autograd.grad(out, inputs, grad_out), torch.autograd.grad(expected, inputs, grad_out)
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(attn_ext.scaled_dot_product_attention(*inputs, bias), expected)
+
+
+@pytest.mark.parametrize("make", CAUSAL_BIASES.values(), ids=CAUSAL_BIASES)
+def test_compiled_causal_bias(make):
+    inputs, bias = [torch.randn(B, H, length, 8) for length in (LQ, LK, LK)], make(LQ, LK)
+    compiled = torch.compile(attn_ext.scaled_dot_product_attention, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*inputs, bias), F.scaled_dot_product_attention(*inputs, bias))
+
+
+@pytest.mark.parametrize("make", CAUSAL_BIASES.values(), ids=CAUSAL_BIASES)
+def test_causal_bias_for_other_lengths(make):
+    query, key = torch.randn(B, H, LQ, 8), torch.randn(B, H, LK, 8)
+    message = (
+        r"attn_mask must be a CausalBias for the lengths of query and key, \(4, 6\), got one for \(4, 7\)"
+    )
+    with pytest.raises(ValueError, match=message):
+        attn_ext.scaled_dot_product_attention(query, key, key, make(LQ, LK + 1))
+    with pytest.raises(ValueError, match="attn_mask must be None when is_causal is True"):
+        attn_ext.scaled_dot_product_attention(query, key, key, make(LQ, LK), is_causal=True)
 
 
 @pytest.mark.parametrize("lengths", [None, 3, 3.0, "12", b"12", {1, 2}, object()])

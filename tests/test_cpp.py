@@ -19,7 +19,8 @@ def cmake_build(directory: Path, *options: str) -> Path:
 
 
 def ctest(directory: Path, **environment: str) -> None:
-    output = run(require("ctest"), "--test-dir", directory, "--output-on-failure", env=os.environ | environment)
+    command = require("ctest"), "--test-dir", directory, "--output-on-failure"
+    output = run(*command, env=os.environ | environment)
     assert "No tests were found" not in output
 
 
@@ -34,8 +35,9 @@ def test_unit_tests(cmake_directory: Path) -> None:
 
 def test_kernels_under_sanitizers() -> None:
     """Every access inside its array, every value defined: of the kernels too, which the unit tests run."""
-    options = ("-DATTN_EXT_SANITIZE=address,undefined", "-DCMAKE_BUILD_TYPE=None", "-DCMAKE_CXX_FLAGS=-O1 -g1")
-    ctest(cmake_build(ROOT / "build" / "cmake-sanitized", *options), ASAN_OPTIONS="detect_leaks=0")
+    sanitize, build = "-DATTN_EXT_SANITIZE=address,undefined", "-DCMAKE_BUILD_TYPE=None"
+    directory = cmake_build(ROOT / "build" / "cmake-sanitized", sanitize, build, "-DCMAKE_CXX_FLAGS=-O1 -g1")
+    ctest(directory, ASAN_OPTIONS="detect_leaks=0")
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="older x86-64 processors")

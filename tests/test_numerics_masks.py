@@ -1,4 +1,4 @@
-"""Causal masks, key lengths and dense masks of every dtype, shape and stride, alone and together."""
+"""Causal masks, windows, key lengths and dense masks of every dtype, shape and stride, alone and together."""
 
 from __future__ import annotations
 
@@ -65,6 +65,47 @@ def test_causal_rows_before_the_first_key_are_empty() -> None:
         assert (results[name][:, :, 31:] != 0).any(), name
     assert (results["lse"][:, :, :30] == -torch.inf).all()
     assert results["lse"][:, :, 30:].isfinite().all()
+
+
+@pytest.mark.sample(
+    96,
+    query_len=LENGTHS,
+    kv_len=LENGTHS,
+    left=(None, 0, 1, 16, 63, 200, 10_000),
+    right=(None, 0, 0, 3, 40, 1000),
+    align=ALIGNMENTS,
+    head_dim=(3, 16, 33, 64),
+    dtype=DTYPES,
+    group=(1, 2),
+)
+def test_sliding_window(case: SimpleNamespace) -> None:
+    mask = attn_ext.SlidingWindow(case.left, case.right, case.align)
+    inputs = make_inputs(1, 2, case.query_len, case.kv_len, case.head_dim, group=case.group, dtype=case.dtype)
+    check_attention(*inputs, mask=mask)
+
+
+@pytest.mark.sample(
+    48,
+    query_len=(1, 16, 40, 77, 200),
+    kv_len=(40, 97, 130, 300),
+    left=(None, 0, 7, 64),
+    right=(None, 0, 5, 64),
+    align=ALIGNMENTS,
+    other=("causal", "bottom_right", "key_lengths", "dense", "window", "all"),
+    dtype=DTYPES,
+)
+def test_sliding_window_combinations(case: SimpleNamespace) -> None:
+    others = {
+        "causal": attn_ext.Causal(),
+        "bottom_right": attn_ext.Causal("bottom_right"),
+        "key_lengths": attn_ext.KeyLengths([5, 40, 0]),
+        "dense": attn_ext.Dense(make_mask((3, 1, case.query_len, case.kv_len), torch.bool)),
+        "window": attn_ext.SlidingWindow(30, 30),  # beside the bottom-right ones, so that rows are empty
+    }
+    mask = attn_ext.SlidingWindow(case.left, case.right, case.align)
+    for other in others if case.other == "all" else (case.other,):
+        mask = mask & others[other]
+    check_attention(*make_inputs(3, 2, case.query_len, case.kv_len, 20, group=2, dtype=case.dtype), mask=mask)
 
 
 @pytest.mark.sample(

@@ -299,6 +299,7 @@ def test_a_visible_key_of_weight_zero_may_be_infinite(query_len: int, masked: bo
 @pytest.mark.parametrize("query_len", [1, 8, 20])
 @pytest.mark.parametrize("kv_len", [12, 13, 16, 17])
 def test_nan_of_weight_zero_does_not_depend_on_the_length(query_len: int, kv_len: int) -> None:
-    query, key, value = torch.ones(1, 1, query_len, 16), torch.zeros(1, 1, kv_len, 16), torch.ones(1, 1, kv_len, 16)
+    query = torch.ones(1, 1, query_len, 16)
+    key, value = torch.zeros(1, 1, kv_len, 16), torch.ones(1, 1, kv_len, 16)
     key[..., 0, 0], key[..., 1, 0], value[..., 0, :] = -100, 100, torch.nan
     assert attn_ext.attention(query, key, value, scale=1).isnan().all()
