@@ -233,7 +233,11 @@ def test_causal_bias(make, query_len, kv_len, shape, monkeypatch):
 @pytest.mark.parametrize("make", CAUSAL_BIASES.values(), ids=CAUSAL_BIASES)
 def test_compiled_causal_bias(make):
     inputs, bias = [torch.randn(B, H, length, 8) for length in (LQ, LK, LK)], make(LQ, LK)
-    compiled = torch.compile(attn_ext.scaled_dot_product_attention, backend="aot_eager", fullgraph=True)
+
+    def biased(*tensors):
+        return attn_ext.scaled_dot_product_attention(*tensors)
+
+    compiled = torch.compile(biased, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(*inputs, bias), F.scaled_dot_product_attention(*inputs, bias))
 
 
