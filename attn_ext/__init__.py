@@ -3,9 +3,9 @@
     out = attn_ext.scaled_dot_product_attention(query, key, value, is_causal=True)  # torch's signature
     out, lse = attn_ext.attention(query, key, value, mask=Causal() & KeyLengths(lengths), return_lse=True)
 
-`attn_ext.nn` holds modules, `attn_ext.reference` the definition of what the kernels compute, and
-`attn_ext.testing` the tolerances they are held to. `python -m attn_ext.info` describes the build and this
-machine.
+`attn_ext.nn` holds modules, `attn_ext.integrations` what other libraries call, `attn_ext.reference` the
+definition of what the kernels compute, and `attn_ext.testing` the tolerances they are held to.
+`python -m attn_ext.info` describes the build and this machine.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ __all__ = [
     "scaled_dot_product_attention",
 ]
 
-_LAZY_MODULES = ("nn", "reference", "testing")
+_LAZY_MODULES = ("integrations", "nn", "reference", "testing")
 
 
 def __getattr__(name: str) -> Any:

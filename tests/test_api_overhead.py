@@ -25,7 +25,7 @@ def test_import_prints_nothing_and_loads_nothing_slow():
         "compiler = ('torch._dynamo', 'torch._inductor', 'torch.fx.experimental')\n"
         "slow = [name for name in new if name.startswith(compiler)]\n"
         "assert not slow, slow\n"
-        "lazy = [n for n in ('nn', 'reference', 'testing') if 'attn_ext.' + n in new]\n"
+        "lazy = [n for n in ('integrations', 'nn', 'reference', 'testing') if 'attn_ext.' + n in new]\n"
         "assert not lazy, lazy\n"
         "assert len(new) < 20, new\n"
     )
@@ -33,7 +33,7 @@ def test_import_prints_nothing_and_loads_nothing_slow():
 
 
 def test_submodules_load_when_they_are_named():
-    run_python("import attn_ext as a; a.nn.SelfAttention; a.reference.attention; a.testing.use_isa")
+    run_python("import attn_ext as a; a.nn.SelfAttention; a.reference.attention; a.testing.use_isa; a.integrations.transformers.check")
 
 
 @pytest.mark.parametrize(

@@ -1,1 +1,12 @@
-"""attn_ext as the attention of other libraries, each imported when its integration is used, not before."""
+"""attn_ext inside other libraries, which are imported when they are named here and not before."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+
+def __getattr__(name: str) -> Any:
+    if name == "transformers":
+        return importlib.import_module(".transformers", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
