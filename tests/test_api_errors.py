@@ -316,3 +316,4 @@ def test_errors_in_compiled_code():
     compiled = torch.compile(attn_ext.scaled_dot_product_attention, backend="eager")
     with pytest.raises(ValueError, match="attn_mask must be None when is_causal is True"):
         compiled(**arguments(), attn_mask=torch.ones(5, 7), is_causal=True)
+    torch.compiler.reset()  # forgets that the function could not be traced
