@@ -17,13 +17,15 @@ from ._merge import merge
 from ._override import override_sdpa
 from ._version import __version__
 from .functional import attention, scaled_dot_product_attention
-from .masks import Causal, Dense, KeyLengths, Mask, SlidingWindow
+from .masks import Causal, Dense, KeyLengths, Mask, Prefix, Segments, SlidingWindow
 
 __all__ = [
     "Causal",
     "Dense",
     "KeyLengths",
     "Mask",
+    "Prefix",
+    "Segments",
     "SlidingWindow",
     "__version__",
     "attention",

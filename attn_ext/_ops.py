@@ -7,7 +7,8 @@ directly, through the public functions, or from a compiled graph.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from . import _C  # noqa: F401  (defines the operators)
 attention_forward = torch.ops.attn_ext.attention_forward.default
 attention_output = torch.ops.attn_ext.attention_output.default
 attention_backward = torch.ops.attn_ext.attention_backward.default
+dropout_mask = torch.ops.attn_ext.dropout_mask.default
 
 _library = torch.library.Library("attn_ext", "IMPL")
 
@@ -41,19 +43,31 @@ _any_requires_grad = torch._C._any_requires_grad
 _is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 
 
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
-    key_lengths: Tensor | None,
-    scale: float,
-    band_lower: int | None,
-    band_upper: int | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+class Options(NamedTuple):
+    """What the operators take after query, key and value, in the order of their schemas."""
+
+    bias: Tensor | None = None
+    sinks: Tensor | None = None
+    mask: Tensor | None = None
+    key_ranges: Tensor | None = None
+    query_segments: Tensor | None = None
+    kv_segments: Tensor | None = None
+    alibi_slopes: Tensor | None = None
+    dropout_seed: Tensor | None = None
+    scale: float = 1.0
+    softcap: float = 0.0
+    dropout_p: float = 0.0
+    band_lower: int | None = None
+    band_upper: int | None = None
+
+
+_OPTION_TENSORS = 8  # the first of them
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor]:
     """`attention_forward`, which would do as well, by the shortest way through the dispatcher."""
-    args = query, key, value, bias, key_lengths, scale, band_lower, band_upper
-    operator = _differentiable_operator(query, key, value, bias)
+    operator = _differentiable_operator(query, key, value, options.bias, options.sinks)
+    args = query, key, value, *options
     return _call_past_autograd(_forward_handle, args) if operator is None else operator(*args)
 
 
@@ -62,26 +76,29 @@ def attend_output(
     key: Tensor,
     value: Tensor,
     bias: Tensor | None,
-    key_lengths: Tensor | None,
+    mask: Tensor | None,
+    key_ranges: Tensor | None,
     scale: float,
     band_lower: int | None,
     band_upper: int | None,
 ) -> Tensor:
     """The first of `attend`'s results; without the others where nothing is differentiated."""
-    args = query, key, value, bias, key_lengths, scale, band_lower, band_upper
     operator = _differentiable_operator(query, key, value, bias)
-    return _call_past_autograd(_output_handle, args) if operator is None else operator(*args)[0]
+    if operator is None:
+        args = query, key, value, bias, mask, key_ranges, scale, band_lower, band_upper
+        return _call_past_autograd(_output_handle, args)
+    return operator(
+        *(query, key, value, bias, None, mask, key_ranges, None, None, None, None),
+        *(scale, 0.0, 0.0, band_lower, band_upper),
+    )[0]
 
 
-def _differentiable_operator(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> Any:
+def _differentiable_operator(*tensors: Tensor | None) -> Any:
     """What to call where a derivative, or a transform that may take one, is at work; None elsewhere."""
-    if _is_functorch_active() or forward_ad._current_level >= 0 or _has_torch_function(query, key, value):
+    if _is_functorch_active() or forward_ad._current_level >= 0 or _has_torch_function(*tensors):
         return attention_forward
-    if _is_grad_enabled():
-        if bias is not None:
-            reject_mask_gradient(bias)
-        if _any_requires_grad(query, key, value):
-            return attention_forward if _is_any_autocast_enabled() else _apply_attention
+    if _is_grad_enabled() and _any_requires_grad(*tensors):
+        return attention_forward if _is_any_autocast_enabled() else _apply_attention
     return None
 
 
@@ -109,7 +126,7 @@ def _call_below_autograd(operator: Any, *args: Any) -> Any:
         return operator(*args)
 
 
-def _attend_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _attend_backward(*args: Any) -> tuple[Tensor, ...]:
     """The same for `attention_backward`."""
     if is_compiling() or _is_grad_enabled() or _is_functorch_active() or forward_ad._current_level >= 0:
         return attention_backward(*args)
@@ -166,35 +183,59 @@ def _attention_output_fake(*args: Any) -> Tensor:
 
 @torch.library.register_fake("attn_ext::attention_backward", lib=_library)
 def _attention_backward_fake(
-    grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, key: Tensor, value: Tensor, *rest: Any
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    lse_residual: Tensor,
+    *options: Any,
 ) -> tuple[Tensor, ...]:
-    _check_devices(query, key, value, grad_out, grad_lse, *rest)
-    return tuple(_empty_in_order_of(tensor, *tensor.shape) for tensor in (query, key, value))
+    *options, wants_grad_bias, wants_grad_sinks = options
+    _check_devices(query, key, value, grad_out, grad_lse, out, lse, *options)
+    bias, sinks = options[:2]
+    grads = (_empty_in_order_of(tensor, *tensor.shape) for tensor in (query, key, value))
+    return (
+        *grads,
+        lse.new_empty(bias.shape if wants_grad_bias else (0,)),
+        lse.new_empty(sinks.shape if wants_grad_sinks else (0,), dtype=torch.float64),
+    )
+
+
+@torch.library.register_fake("attn_ext::dropout_mask", lib=_library)
+def _dropout_mask_fake(
+    dropout_seed: Tensor,
+    dropout_p: float,
+    batch: int,
+    heads: int,
+    query_begin: int,
+    query_end: int,
+    kv_len: int,
+) -> Tensor:
+    return dropout_seed.new_empty(batch, heads, query_end - query_begin, kv_len, dtype=torch.bool)
 
 
 # --- Derivatives --------------------------------------------------------------------------------------------
-
-
-def reject_mask_gradient(bias: Tensor | None) -> None:
-    """Raises NotImplementedError where a gradient with respect to the mask would be expected."""
-    if bias is not None and bias.requires_grad and torch.is_grad_enabled():
-        raise NotImplementedError(
-            "the gradient of the attention mask is not implemented in this release: detach the mask"
-        )
-
-
-def _reject_forward_mode(*_: Any) -> None:
-    raise NotImplementedError("forward-mode differentiation of attention is not implemented in this release")
-
-
-def _reject_double_backward(*_: Any) -> None:
-    raise NotImplementedError("double backward of attention is not implemented in this release")
 
 
 class _Function(_SingleLevelFunction):
     """An autograd function of one level, as a kernel in the dispatcher needs it: torch.func peels its own."""
 
     _compiled_autograd_key = staticmethod(torch.autograd.Function._compiled_autograd_key)
+
+
+def _save(ctx: Any, tensors: tuple[Any, ...], numbers: tuple[Any, ...]) -> None:
+    """Keeps tensors, some of them None, where autograd sees them: for backward and for forward mode."""
+    ctx.save_for_backward(*tensors)
+    ctx.save_for_forward(*tensors)
+    ctx.numbers = numbers
+
+
+def _saved_for_jvp(ctx: Any) -> list[Tensor | None]:
+    """What was saved, without the tangents of this level and with those of the levels of torch.func below."""
+    return [None if tensor is None else forward_ad.unpack_dual(tensor).primal for tensor in ctx.saved_tensors]
 
 
 class _Attention(_Function):
@@ -204,8 +245,7 @@ class _Attention(_Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        query, key, value, bias, key_lengths, *ctx.scale_and_band = inputs
-        ctx.save_for_backward(query, key, value, *output, bias, key_lengths)
+        _save(ctx, (*inputs[:3], *output, *inputs[3 : 3 + _OPTION_TENSORS]), inputs[3 + _OPTION_TENSORS :])
         ctx.mark_non_differentiable(output[2])  # lse_residual
         ctx.set_materialize_grads(False)
 
@@ -214,14 +254,28 @@ class _Attention(_Function):
         ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, _: None
     ) -> tuple[Tensor | None, ...]:
         if grad_out is None and grad_lse is None:
-            return (None,) * 8
-        query, key, value, out, *rest = ctx.saved_tensors
+            return (None,) * (3 + len(Options._fields))
+        saved = ctx.saved_tensors
         if grad_out is None:
-            grad_out = torch.zeros_like(out)
-        grads = _attend_backward(grad_out, grad_lse, query, key, value, out, *rest, *ctx.scale_and_band)
-        return (*grads, None, None, None, None, None)
+            grad_out = torch.zeros_like(saved[3])
+        wants = ctx.needs_input_grad[3:5]
+        *grads, grad_bias, grad_sinks = _attend_backward(grad_out, grad_lse, *saved, *ctx.numbers, *wants)
+        bias, sinks = saved[6:8]
+        return (
+            *grads,
+            grad_bias.to(bias.dtype) if wants[0] else None,
+            grad_sinks.to(sinks.dtype) if wants[1] else None,
+            *((None,) * (len(Options._fields) - 2)),
+        )
 
-    jvp = staticmethod(_reject_forward_mode)
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, Tensor, None]:
+        from ._derivatives import Inputs, attention_jvp
+
+        with forward_ad._set_fwd_grad_enabled(True):  # for the levels below
+            query, key, value, _, _, _, *options = _saved_for_jvp(ctx)
+            inputs = Inputs(query, key, value, *options[:2])
+            return *attention_jvp(inputs, Options(*options, *ctx.numbers), Inputs(*tangents[:5])), None
 
 
 class _AttentionBackward(_Function):
@@ -231,10 +285,45 @@ class _AttentionBackward(_Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        pass
+        _save(ctx, inputs[: 8 + _OPTION_TENSORS], inputs[8 + _OPTION_TENSORS :])
+        ctx.set_materialize_grads(False)
 
-    backward = staticmethod(_reject_double_backward)
-    jvp = staticmethod(_reject_forward_mode)
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        from ._derivatives import Inputs, backward_vjp
+
+        inputs, options = _AttentionBackward._inputs(ctx, ctx.saved_tensors)
+        grad_out, grad_lse, query, key, value, bias, sinks = backward_vjp(inputs, options, Inputs(*grads))
+        derived = (None, None, None)  # out, lse and its residual: their share goes to what they follow from
+        return (
+            grad_out,
+            grad_lse if ctx.needs_input_grad[1] else None,
+            *(query, key, value),
+            *derived,
+            bias.to(options.bias.dtype) if ctx.needs_input_grad[8] else None,
+            sinks.to(options.sinks.dtype) if ctx.needs_input_grad[9] else None,
+            *((None,) * len(Options._fields)),
+        )
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
+        from ._derivatives import Inputs, backward_jvp
+
+        directions = Inputs(*tangents[2:5], *tangents[8:10], *tangents[:2])
+        with forward_ad._set_fwd_grad_enabled(True):
+            inputs, options = _AttentionBackward._inputs(ctx, _saved_for_jvp(ctx))
+            *grads, bias, sinks = backward_jvp(inputs, options, directions)
+        wants_bias, wants_sinks = ctx.numbers[-2:]
+        nothing = grads[0].new_empty(0)
+        return *grads, bias if wants_bias else nothing, sinks if wants_sinks else nothing
+
+    @staticmethod
+    def _inputs(ctx: Any, saved: Sequence[Tensor | None]) -> tuple[Any, Options]:
+        from ._derivatives import Inputs
+
+        grad_out, grad_lse, query, key, value, _, _, _, *tensors = saved
+        options = Options(*tensors, *ctx.numbers[:-2])
+        return Inputs(query, key, value, options.bias, options.sinks, grad_out, grad_lse), options
 
 
 _apply_attention = _Attention.apply
@@ -249,33 +338,30 @@ def _apply_at_level(apply: Any, args: tuple[Any, ...]) -> Any:
         return apply(*args)
 
 
-def _is_differentiated(*tensors: Tensor | None) -> bool:
+def _is_differentiated(args: tuple[Any, ...]) -> bool:
     # An open forward-mode level is enough: a tangent may be there, and must not be dropped.
     if forward_ad._current_level >= 0:
         return True
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    return torch.is_grad_enabled() and any(isinstance(arg, Tensor) and arg.requires_grad for arg in args)
 
 
-def _attention_forward_autograd(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *rest: Any
-) -> tuple[Tensor, ...]:
-    reject_mask_gradient(bias)
-    if _is_differentiated(query, key, value):
-        return _apply_at_level(_apply_attention, (query, key, value, bias, *rest))
-    return _call_below_autograd(attention_forward, query, key, value, bias, *rest)
+def _attention_forward_autograd(*args: Any) -> tuple[Tensor, ...]:
+    if _is_differentiated(args):
+        return _apply_at_level(_apply_attention, args)
+    return _call_below_autograd(attention_forward, *args)
 
 
-def _attention_output_autograd(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *rest: Any
-) -> Tensor:
-    reject_mask_gradient(bias)
-    if _is_differentiated(query, key, value):
-        return attention_forward(query, key, value, bias, *rest)[0]
-    return _call_below_autograd(attention_output, query, key, value, bias, *rest)
+def _attention_output_autograd(*args: Any) -> Tensor:
+    if _is_differentiated(args):
+        query, key, value, bias, mask, key_ranges, scale, *band = args
+        return attention_forward(
+            *(query, key, value, bias, None, mask, key_ranges, None, None, None, None, scale, 0.0, 0.0, *band)
+        )[0]
+    return _call_below_autograd(attention_output, *args)
 
 
 def _attention_backward_autograd(*args: Any) -> tuple[Tensor, ...]:
-    if _is_differentiated(*(arg for arg in args if isinstance(arg, Tensor))):
+    if _is_differentiated(args):
         return _apply_at_level(_apply_attention_backward, args)
     return _call_below_autograd(attention_backward, *args)
 
@@ -328,43 +414,78 @@ def _fold(tensor: Tensor, vmap_dim: int | None, vmap_size: int) -> Tensor:
     return tensor.flatten(0, 1)
 
 
-def _fold_bias(bias: Tensor, vmap_dim: int | None, vmap_size: int, batch: int) -> Tensor:
+def _fold_broadcast(tensor: Tensor, vmap_dim: int | None, vmap_size: int, batch: int) -> Tensor:
     """The same, of a tensor whose batch dimension may be 1 for any batch."""
     if vmap_dim is None:
-        return bias if bias.size(0) == 1 else _fold(bias, None, vmap_size)
-    bias = bias.movedim(vmap_dim, 0)
-    return _fold(bias.expand(-1, batch, -1, -1, -1), 0, vmap_size)
+        return tensor if tensor.size(0) == 1 else _fold(tensor, None, vmap_size)
+    tensor = tensor.movedim(vmap_dim, 0)
+    return _fold(tensor.expand(-1, batch, *tensor.shape[2:]), 0, vmap_size)
 
 
-def _vmap_rule(operator: Any, query_index: int, bias_index: int) -> Any:
-    """The mapped dimension becomes part of the batch, for which operands that are not mapped are repeated."""
+def _one_by_one(operator: Any, size: int, in_dims: tuple[int | None, ...], args: tuple[Any, ...]) -> Any:
+    results = [
+        operator(
+            *(arg if dim is None else arg.select(dim, i) for arg, dim in zip(args, in_dims, strict=True))
+        )
+        for i in range(size)
+    ]
+    if isinstance(results[0], Tensor):
+        return torch.stack(results), 0
+    return tuple(torch.stack(parts) for parts in zip(*results, strict=True)), (0,) * len(results[0])
+
+
+def _vmap_rule(operator: Any) -> Any:
+    """The mapped dimension becomes part of the batch, for which operands that are not mapped are repeated.
+
+    Dropout, whose weights depend on the index in the batch, sinks that are mapped, and gradients that sum
+    over the batch are computed for one after the other.
+    """
+    names = [argument.name for argument in operator._schema.arguments]
+    broadcast = {"bias", "mask", "key_ranges", "query_segments", "kv_segments", "alibi_slopes"}
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
         size = info.batch_size
-        query, query_dim = args[query_index], in_dims[query_index]
-        batch = query.size(0) if query_dim is None else query.movedim(query_dim, 0).size(1)
+        by_name = dict(zip(names, args, strict=True))
+        dims = dict(zip(names, in_dims, strict=True))
+        query = by_name["query"]
+        batch = query.size(0) if dims["query"] is None else query.movedim(dims["query"], 0).size(1)
+        if (
+            by_name.get("dropout_p")
+            or dims.get("sinks") is not None
+            or by_name.get("wants_grad_sinks")
+            or (by_name.get("wants_grad_bias") and _batch_size(by_name["bias"], dims["bias"]) == 1)
+        ):
+            return _one_by_one(operator, size, in_dims, args)
         folded = [
-            _fold(arg, dim, size) if isinstance(arg, Tensor) and index != bias_index else arg
-            for index, (arg, dim) in enumerate(zip(args, in_dims, strict=True))
+            arg
+            if not isinstance(arg, Tensor) or name == "sinks"
+            else _fold_broadcast(arg, dim, size, batch)
+            if name in broadcast
+            else _fold(arg, dim, size)
+            for name, arg, dim in zip(names, args, in_dims, strict=True)
         ]
-        if args[bias_index] is not None:
-            folded[bias_index] = _fold_bias(args[bias_index], in_dims[bias_index], size, batch)
         results = operator(*folded)
         if isinstance(results, Tensor):
             return results.unflatten(0, (size, batch)), 0
-        return tuple(result.unflatten(0, (size, batch)) for result in results), (0,) * len(results)
+        return tuple(
+            result.unflatten(0, (size, batch)) if result.dim() > 1 else result.expand(size, *result.shape)
+            for result in results
+        ), (0,) * len(results)
 
     return rule
 
 
-for _operator, _query_index, _bias_index in (
-    (attention_forward, 0, 3),
-    (attention_output, 0, 3),
-    (attention_backward, 2, 8),
-):
-    torch.library.register_vmap(
-        _operator._schema.name, _vmap_rule(_operator, _query_index, _bias_index), lib=_library
-    )
+def _batch_size(tensor: Tensor, vmap_dim: int | None) -> int:
+    return tensor.size(0) if vmap_dim is None else tensor.movedim(vmap_dim, 0).size(1)
+
+
+for _operator in (attention_forward, attention_output, attention_backward):
+    torch.library.register_vmap(_operator._schema.name, _vmap_rule(_operator), lib=_library)
+
+
+@torch.library.register_vmap("attn_ext::dropout_mask", lib=_library)
+def _dropout_mask_vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+    return _one_by_one(dropout_mask, info.batch_size, in_dims, args)
 
 
 # --- FLOPs --------------------------------------------------------------------------------------------------

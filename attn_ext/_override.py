@@ -72,10 +72,9 @@ class override_sdpa(contextlib.ContextDecorator):  # noqa: N801 (used like a fun
     that `torch.nn.TransformerEncoder` writes at padded positions. A function imported by name
     (``from torch.nn.functional import ...``) beforehand stays torch's.
 
-    Calls that attn_ext does not take (dropout, masks that require grad, forward-mode derivatives, tensors
-    that are nested, of a subclass, or not on the CPU, other dtypes, head dims above 1024) go to torch, and so
-    do wrong arguments: errors are torch's. What becomes of the result cannot be known at the call: a double
-    backward raises NotImplementedError.
+    Calls that attn_ext does not take (tensors that are nested, of a subclass, or not on the CPU, other
+    dtypes, head dims above 1024) go to torch, and so do wrong arguments: errors are torch's. Dropout drops
+    other weights than torch's for the same `torch.manual_seed`, with the same probability.
 
     A compiled function called in the context is compiled for it, once, and keeps its graph for calls outside.
     The context in a compiled function breaks the graph: what is called inside runs, but ``fullgraph=True``
@@ -138,8 +137,8 @@ def _scaled_dot_product_attention(
     """`attn_ext.scaled_dot_product_attention` where it takes these arguments, torch's elsewhere."""
     try:
         # Compilers trace operators of any device, so ask before one is called.
-        if dropout_p or not query.is_cpu or _has_torch_function(query, key, value):
-            reason = _reason(query, key, value, attn_mask, dropout_p)
+        if not query.is_cpu or _has_torch_function(query, key, value):
+            reason = _reason(query, key, value)
         else:
             reason = None
         if reason is None:
@@ -150,7 +149,7 @@ def _scaled_dot_product_attention(
             return out
     except Exception:
         # Whatever it is, torch has its own word on it: call it once this exception is dealt with.
-        reason = _reason(query, key, value, attn_mask, dropout_p) or "other arguments"
+        reason = _reason(query, key, value) or "other arguments"
     options = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale, "enable_gqa": enable_gqa}
     if is_causal_bias(attn_mask):
         # Torch's rule for these ends in plain calls, which come here again and are counted then. It compares
@@ -161,13 +160,11 @@ def _scaled_dot_product_attention(
     return _overridden(query, key, value, attn_mask, **options)
 
 
-def _reason(query: Any, key: Any, value: Any, attn_mask: Any, dropout_p: Any) -> str | None:
+def _reason(query: Any, key: Any, value: Any) -> str | None:
     """Why a call is passed on; None if there is nothing to be seen in its arguments."""
     tensors = query, key, value
     if not all(isinstance(tensor, Tensor) for tensor in tensors):
         return None
-    if dropout_p:
-        return "dropout_p > 0"
     for tensor in tensors:
         if tensor.is_nested:
             return "nested tensors"
@@ -177,12 +174,8 @@ def _reason(query: Any, key: Any, value: Any, attn_mask: Any, dropout_p: Any) ->
             return f"tensors on {tensor.device.type}"
         if tensor.dtype not in FLOAT_DTYPES:
             return f"dtype {tensor.dtype}"
-    if isinstance(attn_mask, Tensor) and attn_mask.requires_grad and torch.is_grad_enabled():
-        return "attn_mask requires grad"
     if any(tensor.dim() and not 1 <= tensor.shape[-1] <= MAX_HEAD_DIM for tensor in tensors):
         return f"head_dim above {MAX_HEAD_DIM} or 0"
-    if torch.autograd.forward_ad._current_level >= 0:
-        return "forward-mode derivative"
     return None
 
 

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._ops import reject_mask_gradient
-from .masks import FLOAT_DTYPES, Dense, KeyLengths, Mask, from_causal_bias, is_causal_bias
+from .masks import FLOAT_DTYPES, Dense, KeyLengths, Mask, Segments, from_causal_bias, is_causal_bias
 
 MAX_HEAD_DIM = 1024
 BATCH_DIMENSIONS = "the batch dimensions of query, key and value"
@@ -78,7 +77,19 @@ def check_scaled_dot_product_attention(
     _check_dense_mask("attn_mask", attn_mask, scores, query.device)
 
 
-def check_attention(query: Any, key: Any, value: Any, mask: Any, scale: Any) -> None:
+def check_attention(
+    query: Any,
+    key: Any,
+    value: Any,
+    mask: Any,
+    scale: Any,
+    bias: Any,
+    softcap: Any,
+    alibi_slopes: Any,
+    sinks: Any,
+    dropout_p: Any,
+    dropout_seed: Any,
+) -> None:
     _check_tensors(query, key, value)
     _check_scale(scale)
     for name, tensor in (("query", query), ("key", key), ("value", value)):
@@ -94,18 +105,42 @@ def check_attention(query: Any, key: Any, value: Any, mask: Any, scale: Any) -> 
         raise ValueError(f"value must have as many heads as key, {kv_heads}, got shape {tuple(value.shape)}")
     if heads % kv_heads if kv_heads else heads:
         raise ValueError(f"the heads of query must be a multiple of those of key, got {heads} and {kv_heads}")
-    if mask is None:
-        return
-    if not isinstance(mask, Mask):
-        hint = "; wrap a tensor in attn_ext.Dense" if isinstance(mask, Tensor) else ""
-        raise TypeError(f"mask must be None or an attn_ext mask, got {type(mask).__name__}{hint}")
-    for part in mask.parts:
-        _check_mask(part, (*query.shape[:3], key.shape[2]), query.device)
+    scores = (*query.shape[:3], key.shape[2])
+    if mask is not None:
+        if not isinstance(mask, Mask):
+            hint = "; wrap a tensor in attn_ext.Dense" if isinstance(mask, Tensor) else ""
+            raise TypeError(f"mask must be None or an attn_ext mask, got {type(mask).__name__}{hint}")
+        for part in mask.parts:
+            _check_mask(part, scores, query.device)
+        mask.lower(query.shape[2], key.shape[2], query.device)  # which says what cannot be combined
+    if bias is not None:
+        if isinstance(bias, Tensor) and bias.dtype not in FLOAT_DTYPES:
+            hint = ": pass mask=attn_ext.Dense(...)" if bias.dtype == torch.bool else ""
+            raise TypeError(f"bias must be float32, float64, float16 or bfloat16, got {bias.dtype}{hint}")
+        _check_dense_mask("bias", bias, scores, query.device)
+    _check_number("softcap", softcap, optional=True)
+    if softcap is not None and not 0 <= softcap < math.inf:
+        raise ValueError(f"softcap must be a finite number that is not negative, got {softcap}")
+    if alibi_slopes is not None:
+        _check_per_head(
+            "alibi_slopes", alibi_slopes, ((heads,), (query.shape[0], heads), (1, heads)), query.device
+        )
+        if alibi_slopes.requires_grad and torch.is_grad_enabled():
+            raise NotImplementedError(
+                "alibi_slopes must not require grad: ALiBi's slopes are constants, and their gradient is not "
+                "implemented; learned slopes can be written as a bias"
+            )
+    if sinks is not None:
+        _check_per_head("sinks", sinks, ((heads,),), query.device)
+    _check_dropout(dropout_p)
+    check_seed(dropout_seed, query.device)
 
 
 def _check_mask(mask: Mask, scores: tuple[int, ...], device: torch.device) -> None:
     if isinstance(mask, Dense):
         _check_dense_mask("mask Dense", mask.tensor, scores, device)
+    elif isinstance(mask, Segments):
+        _check_segments(mask, scores, device)
     elif isinstance(mask, KeyLengths):
         batch, _, _, kv_len = scores
         lengths = mask.lengths
@@ -116,6 +151,52 @@ def _check_mask(mask: Mask, scores: tuple[int, ...], device: torch.device) -> No
         # The values of a tensor that is being traced are not there to look at.
         if not torch.compiler.is_compiling() and ((lengths < 0) | (lengths > kv_len)).any():
             raise ValueError(f"mask KeyLengths must hold lengths from 0 to {kv_len}, got {lengths.tolist()}")
+
+
+def _check_per_head(
+    name: str, tensor: Any, shapes: tuple[tuple[int, ...], ...], device: torch.device
+) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor or None, got {type(tensor).__name__}")
+    _check_strided(name, tensor)
+    if tensor.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name} must be float32, float64, float16 or bfloat16, got {tensor.dtype}")
+    # Spelled out, as the sizes may be symbols.
+    if not any(
+        len(shape) == tensor.dim() and all(a == b for a, b in zip(tensor.shape, shape, strict=True))
+        for shape in shapes
+    ):
+        raise ValueError(
+            f"{name} must have shape {' or '.join(map(str, shapes))}, got shape {tuple(tensor.shape)}"
+        )
+    if tensor.device != device:
+        raise ValueError(f"{name} must be on the device of query, {device}, got {tensor.device}")
+
+
+def check_seed(seed: Any, device: torch.device) -> None:
+    if seed is None:
+        return
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64:
+            raise TypeError(f"dropout_seed must be int64, got {seed.dtype}")
+        if seed.dim() != 0:
+            raise ValueError(f"dropout_seed must have no dimension, got shape {tuple(seed.shape)}")
+        if seed.device != device:
+            raise ValueError(f"dropout_seed must be on the device of query, {device}, got {seed.device}")
+    elif isinstance(seed, bool) or not isinstance(seed, (int, torch.SymInt)):
+        raise TypeError(f"dropout_seed must be an int, a tensor or None, got {type(seed).__name__}")
+    elif not -(2**63) <= seed < 2**63:
+        raise ValueError(f"dropout_seed must fit in 64 bits, got {seed}")
+
+
+def _check_segments(mask: Segments, scores: tuple[int, ...], device: torch.device) -> None:
+    batch, _, query_len, kv_len = scores
+    for name, ids, length in (("query_ids", mask.query_ids, query_len), ("kv_ids", mask.kv_ids, kv_len)):
+        if ids.shape[0] not in (1, batch) or ids.shape[1] != length:
+            raise ValueError(
+                f"mask Segments must have {name} of shape ({batch}, {length}) or ({length},), "
+                f"got {tuple(ids.shape)}"
+            )
 
 
 def _check_tensors(query: Any, key: Any, value: Any) -> None:
@@ -200,25 +281,26 @@ def _check_dense_mask(name: str, mask: Any, scores: tuple[int, ...], device: tor
             f"{name} must have 1 to {len(scores)} dimensions and be broadcastable to {scores}, "
             f"got shape {tuple(mask.shape)}"
         )
-    reject_mask_gradient(mask)
 
 
 def _check_scale(scale: Any) -> None:
-    if scale is None:
-        return
-    if not isinstance(scale, (int, float, torch.SymInt, torch.SymFloat)):
-        raise TypeError(f"scale must be a float or None, got {type(scale).__name__}")
-    if not math.isfinite(scale):
+    _check_number("scale", scale, optional=True)
+    if scale is not None and not math.isfinite(scale):
         raise ValueError(f"scale must be finite, got {scale}")
 
 
+def _check_number(name: str, number: Any, optional: bool = False) -> None:
+    if optional and number is None:
+        return
+    if not isinstance(number, (int, float, torch.SymInt, torch.SymFloat)):
+        expected = "a float or None" if optional else "a float"
+        raise TypeError(f"{name} must be {expected}, got {type(number).__name__}")
+
+
 def _check_dropout(dropout_p: Any) -> None:
-    if not isinstance(dropout_p, (int, float)):
-        raise TypeError(f"dropout_p must be a float, got {type(dropout_p).__name__}")
+    _check_number("dropout_p", dropout_p)
     if not 0 <= dropout_p <= 1:
         raise ValueError(f"dropout_p must be from 0 to 1, got {dropout_p}")
-    if dropout_p > 0:
-        raise NotImplementedError(f"dropout is not implemented in this release, got dropout_p={dropout_p}")
 
 
 def _check_bool(name: str, flag: Any) -> None:

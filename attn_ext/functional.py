@@ -7,20 +7,18 @@ raises, `_validation` looks for what is wrong with them and says so.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
 from . import _validation
-from ._ops import attend, attend_output, attention_forward, attention_output
+from ._ops import Options, attend, attend_output, attention_forward, attention_output
 from ._validation import BATCH_DIMENSIONS, HEADS, broadcast_shapes
-from .masks import Mask, from_causal_bias, is_causal_bias
+from .masks import FLOAT_DTYPES, LoweredMask, Mask, add_biases, from_causal_bias, is_causal_bias
 
 __all__ = ["attention", "scaled_dot_product_attention"]
-
-_Operator = Callable[..., Any]
 
 
 def scaled_dot_product_attention(
@@ -36,7 +34,8 @@ def scaled_dot_product_attention(
     """`torch.nn.functional.scaled_dot_product_attention`: softmax(query @ key^T * scale + mask) @ value.
 
     Flash attention (Dao et al., 2022; Dao, 2023): memory beyond inputs and outputs is O(L). Leading
-    dimensions broadcast as in torch. Differentiable once, in reverse mode.
+    dimensions broadcast as in torch. Differentiable in query, key, value and a floating-point attn_mask, in
+    reverse and forward mode, twice and more.
 
     Args:
         query: (..., Hq, Lq, Dk), at least (Lq, Dk); float32, float64, float16 or bfloat16.
@@ -44,7 +43,8 @@ def scaled_dot_product_attention(
         value: (..., Hkv, Lk, Dv), likewise. 1 <= Dk, Dv <= 1024.
         attn_mask: broadcastable to (..., Hq, Lq, Lk) and never expanded over its last three dimensions: bool
             (True = attend), or of any of the four dtypes (added to the scaled scores; -inf = do not attend).
-        dropout_p: 0; dropout is not implemented in this release.
+        dropout_p: probability, rounded to a multiple of 2^-16, with which a weight becomes 0; the others are
+            multiplied by 1 / (1 - dropout_p). The seed comes from torch's generator (`torch.manual_seed`).
         is_causal: query i attends to keys 0..i, whatever Lq and Lk ("top-left"); not together with attn_mask.
         scale: factor of the scores, 1 / sqrt(Dk) by default.
         enable_gqa: Hq may be a multiple of Hkv; query head h attends to key head h // (Hq // Hkv).
@@ -56,26 +56,21 @@ def scaled_dot_product_attention(
         TypeError: an argument has a wrong type or dtype, or key or value another dtype than query.
         ValueError: shapes do not fit, devices differ, a number is out of range, or both attn_mask and
             is_causal are given.
-        NotImplementedError: dropout_p > 0, attn_mask requires grad, or a forward-mode derivative is taken.
     """
     if is_compiling():
         arguments = query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
         _validation.check_scaled_dot_product_attention(*arguments)
-        return _attend_broadcast(
-            attention_output, query, key, value, attn_mask, is_causal, scale, enable_gqa
-        )
+        return _attend_broadcast(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     try:
-        if dropout_p != 0.0 or (is_causal is not False and (is_causal is not True or attn_mask is not None)):
-            raise ValueError("dropout_p, is_causal or attn_mask")  # explained below
+        if is_causal is not False and (is_causal is not True or attn_mask is not None):
+            raise ValueError("is_causal or attn_mask")  # explained below
         shape = query.shape
         if (
-            len(shape) == 4
-            and shape == key.shape == value.shape
-            and (attn_mask is None or attn_mask.dim() == 4)
+            len(shape) == 4 and shape == key.shape == value.shape and attn_mask is None and dropout_p == 0.0
         ):  # the usual case, and nothing to broadcast
             scale = shape[3] ** -0.5 if scale is None else _finite(scale)
-            return attend_output(query, key, value, attn_mask, None, scale, None, 0 if is_causal else None)
-        return _attend_broadcast(attend_output, query, key, value, attn_mask, is_causal, scale, enable_gqa)
+            return attend_output(query, key, value, None, None, None, scale, None, 0 if is_causal else None)
+        return _attend_broadcast(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     except Exception:
         arguments = query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
         explanation = _validation.explain(_validation.check_scaled_dot_product_attention, *arguments)
@@ -90,21 +85,41 @@ def attention(
     value: Tensor,
     *,
     mask: Mask | None = None,
+    bias: Tensor | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | Tensor | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention over (batch, heads, length, head_dim): softmax(query @ key^T * scale + mask) @ value.
 
-    Flash attention (Dao et al., 2022; Dao, 2023): memory beyond inputs and outputs is O(L). Differentiable
-    once, in reverse mode.
+    Flash attention (Dao et al., 2022; Dao, 2023): memory beyond inputs and outputs is O(L). Differentiable in
+    query, key, value, bias and sinks, in reverse and forward mode, twice and more.
 
     Args:
         query: (B, Hq, Lq, Dk), float32, float64, float16 or bfloat16.
         key: (B, Hkv, Lk, Dk), of the dtype and device of query. Hq is a multiple of Hkv: query head h attends
             to key head h // (Hq // Hkv) (grouped-query attention, Ainslie et al., 2023).
         value: (B, Hkv, Lk, Dv), likewise. 1 <= Dk, Dv <= 1024.
-        mask: None, or `Causal`, `KeyLengths` and `Dense` masks, combined with `&`.
+        mask: None, or `Causal`, `SlidingWindow`, `Prefix`, `KeyLengths`, `Segments` and `Dense` masks,
+            combined with `&` and `|`.
+        bias: added to the scores, (Lk,) to (B, Hq, Lq, Lk) with any dimension 1 or missing, never expanded;
+            float32, float64, float16 or bfloat16. -inf hides a key. Its gradient has its shape and dtype.
+            With a floating-point `Dense` mask too, their sum is made first, of the shape they broadcast to.
         scale: factor of the scores, 1 / sqrt(Dk) by default.
+        softcap: scaled scores s become softcap * tanh(s / softcap), before bias (Gemma 2, 2024); None or 0:
+            they stay.
+        alibi_slopes: (Hq,) or (B, Hq): slope * |i + Lk - Lq - j| is subtracted from the scores (ALiBi, Press
+            et al., 2022). No gradient.
+        sinks: (Hq,), floating point: the logit of one more key for each head, whose value is 0 (gpt-oss,
+            2025). lse includes it.
+        dropout_p: probability, rounded to a multiple of 2^-16, with which a weight becomes 0; the others are
+            multiplied by 1 / (1 - dropout_p).
+        dropout_seed: what decides which, with the batch index, head, query and key alone: an int, an int64
+            tensor of no dimension, or None for one from torch's generator (`torch.manual_seed`).
         return_lse: also return the natural logarithm of the sum of the exponentials of each row of scores.
 
     Returns:
@@ -115,40 +130,108 @@ def attention(
     Raises:
         TypeError: an argument has a wrong type or dtype, or key or value another dtype than query.
         ValueError: shapes do not fit, devices differ, or a number is out of range.
-        NotImplementedError: the mask requires grad, or a forward-mode derivative is taken.
+        NotImplementedError: alibi_slopes requires grad, or masks are combined with `|` in a way that would
+            need a larger tensor than they have.
     """
+    more = bias, softcap, alibi_slopes, sinks, dropout_p, dropout_seed
     if is_compiling():
-        _validation.check_attention(query, key, value, mask, scale)
-        operator = attention_forward if return_lse else attention_output
-        results = _attend_masked(operator, query, key, value, mask, scale)
-    else:
-        try:
-            operator = attend if return_lse else attend_output
-            results = _attend_masked(operator, query, key, value, mask, scale)
-        except Exception:
-            explanation = _validation.explain(_validation.check_attention, query, key, value, mask, scale)
-            if explanation is None:
-                raise
-            raise explanation from None
-    return results[:2] if return_lse else results
+        _validation.check_attention(query, key, value, mask, scale, *more)
+        return _attend_masked(query, key, value, mask, scale, *more, return_lse)
+    try:
+        return _attend_masked(query, key, value, mask, scale, *more, return_lse)
+    except Exception:
+        explanation = _validation.explain(_validation.check_attention, query, key, value, mask, scale, *more)
+        if explanation is None:
+            raise
+        raise explanation from None
+
+
+_NO_MASK = LoweredMask()
 
 
 def _attend_masked(
-    operator: _Operator, query: Tensor, key: Tensor, value: Tensor, mask: Mask | None, scale: float | None
-) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Mask | None,
+    scale: float | None,
+    bias: Tensor | None,
+    softcap: float | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    dropout_p: float,
+    dropout_seed: int | Tensor | None,
+    return_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]:
     scale = query.shape[3] ** -0.5 if scale is None else _finite(scale)
-    if mask is None:
-        return operator(query, key, value, None, None, scale, None, None)
-    bias, key_lengths, band_lower, band_upper = mask.lower(query.shape[2], key.shape[2], query.device)
-    return operator(query, key, value, bias, key_lengths, scale, band_lower, band_upper)
+    if not (bias is softcap is alibi_slopes is sinks is dropout_seed is None and dropout_p == 0.0):
+        _refuse_what_operators_take(bias, softcap, alibi_slopes, sinks, dropout_p)
+        if not (dropout_p and isinstance(dropout_seed, Tensor)):
+            _validation.check_seed(dropout_seed, query.device)
+    lowered = _NO_MASK if mask is None else mask.lower(query.shape[2], key.shape[2], query.device)
+    if bias is not None:
+        bias = bias[(None,) * (4 - bias.dim())]
+        if lowered.bias is not None:
+            bias = add_biases(lowered.bias, bias)
+    else:
+        bias = lowered.bias
+    if alibi_slopes is not None:
+        if alibi_slopes.requires_grad and torch.is_grad_enabled():
+            raise NotImplementedError("alibi_slopes")  # explained by the caller
+        alibi_slopes = alibi_slopes.unsqueeze(0) if alibi_slopes.dim() == 1 else alibi_slopes
+    if not (softcap or alibi_slopes is not None or sinks is not None or dropout_p or return_lse) and (
+        lowered.query_segments is None
+    ):
+        return _output(
+            query,
+            key,
+            value,
+            bias,
+            lowered.dense,
+            lowered.key_ranges,
+            scale,
+            lowered.band_lower,
+            lowered.band_upper,
+        )
+    options = Options(
+        bias,
+        sinks,
+        *lowered[1:5],
+        alibi_slopes,
+        _seed(dropout_seed, query.device) if dropout_p else None,
+        scale,
+        softcap or 0.0,
+        dropout_p,
+        *lowered[5:],
+    )
+    out, lse, _ = _attend(query, key, value, options)
+    return (out, lse) if return_lse else out
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor]:
+    if is_compiling():
+        return attention_forward(query, key, value, *options)
+    return attend(query, key, value, options)
+
+
+def _output(*args: Any) -> Tensor:
+    return attention_output(*args) if is_compiling() else attend_output(*args)
+
+
+def _seed(seed: int | Tensor | None, device: torch.device) -> Tensor:
+    if seed is None:
+        return torch.randint(-(2**63), 2**63 - 1, (), device=device)
+    if isinstance(seed, Tensor):
+        return seed
+    return torch.full((), seed, dtype=torch.int64, device=device)
 
 
 def _attend_broadcast(
-    operator: _Operator,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attn_mask: Tensor | None,
+    dropout_p: float,
     is_causal: bool,
     scale: float | None,
     enable_gqa: bool,
@@ -156,6 +239,8 @@ def _attend_broadcast(
     """For any number of dimensions: leading ones are broadcast and flattened into the batch."""
     q, k, v = query.shape, key.shape, value.shape
     scale = q[-1] ** -0.5 if scale is None else _finite(scale)
+    if dropout_p != 0.0:
+        _refuse_what_operators_take(None, None, None, None, dropout_p)
     band_upper = 0 if is_causal else None
     if attn_mask is not None and is_causal_bias(attn_mask):
         band_upper = from_causal_bias(attn_mask, q[-2], k[-2]).lower(q[-2], k[-2], query.device).band_upper
@@ -167,18 +252,42 @@ def _attend_broadcast(
         and (q[1] == k[1] or enable_gqa)
         and (attn_mask is None or attn_mask.dim() == 4)
     ):  # as the operator takes them
-        return operator(query, key, value, attn_mask, None, scale, None, band_upper)
+        return _attend_dense(query, key, value, attn_mask, dropout_p, scale, band_upper)
 
     batch_shape = broadcast_shapes(BATCH_DIMENSIONS, q[:-3], k[:-3], v[:-3])
     dim = max(len(q), len(k), len(v))
-    bias = None if attn_mask is None else _flatten_mask_batch(attn_mask, batch_shape, dim)
+    attn_mask = None if attn_mask is None else _flatten_mask_batch(attn_mask, batch_shape, dim)
     query, key, value = (
         _flatten_batch(tensor, batch_shape) for tensor in _broadcast_heads(query, key, value, enable_gqa)
     )
-    out = operator(query, key, value, bias, None, scale, None, band_upper)
+    out = _attend_dense(query, key, value, attn_mask, dropout_p, scale, band_upper)
     if len(batch_shape) != 1:
         out = out.unflatten(0, batch_shape) if batch_shape else out.squeeze(0)
     return out if dim > 2 else out.squeeze(0)
+
+
+def _attend_dense(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    scale: float,
+    band_upper: int | None,
+) -> Tensor:
+    boolean = attn_mask is not None and attn_mask.dtype == torch.bool
+    bias, mask = (None, attn_mask) if boolean else (attn_mask, None)
+    if dropout_p:
+        options = Options(
+            bias=bias,
+            mask=mask,
+            dropout_seed=_seed(None, query.device),
+            scale=scale,
+            dropout_p=dropout_p,
+            band_upper=band_upper,
+        )
+        return _attend(query, key, value, options)[0]
+    return _output(query, key, value, bias, mask, None, scale, None, band_upper)
 
 
 def _finite(scale: float) -> float:
@@ -186,6 +295,25 @@ def _finite(scale: float) -> float:
     if isinstance(scale, Tensor) or not -math.inf < scale < math.inf:
         raise ValueError(f"scale must be a finite number, got {scale}")
     return scale
+
+
+def _refuse_what_operators_take(
+    bias: Tensor | None,
+    softcap: float | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    dropout_p: float,
+) -> None:
+    """Raises, to be explained by the caller, for what an operator would not refuse, or not get to see."""
+    if (
+        (bias is not None and bias.dim() == 0)
+        or (softcap is not None and (isinstance(softcap, Tensor) or softcap == math.inf))
+        or (alibi_slopes is not None and alibi_slopes.dtype not in FLOAT_DTYPES)
+        or (sinks is not None and sinks.dtype not in FLOAT_DTYPES)
+        or isinstance(dropout_p, Tensor)
+        or not 0 <= dropout_p <= 1
+    ):
+        raise ValueError("bias, softcap, alibi_slopes, sinks or dropout_p")
 
 
 def _broadcast_heads(

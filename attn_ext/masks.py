@@ -1,11 +1,13 @@
-"""Which keys a query may attend to: mask objects, combined with `&`.
+"""Which keys a query may attend to: mask objects, combined with `&` and `|`.
 
 A mask knows nothing of the size of the problem. `attention` lowers it to the terms of the kernels: a band of
-the score matrix, a number of keys for each batch entry, and a dense tensor where nothing smaller will do.
+the score matrix, a few ranges of keys for each query, ids of segments, and a dense tensor where nothing
+smaller will do.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,35 +17,77 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Causal", "Dense", "KeyLengths", "Mask", "SlidingWindow"]
+__all__ = ["Causal", "Dense", "KeyLengths", "Mask", "Prefix", "Segments", "SlidingWindow"]
 
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 _BEYOND_ANY_LENGTH = 2**62  # and, with a length added, still an int64
 
 
+MAX_RANGES = 4  # ranges of keys that a query may have: kMaxKeyRanges of the kernels
+
+
 class LoweredMask(NamedTuple):
     """A mask as the operators take it.  Key j is visible to query i of batch entry b iff
 
-    band_lower <= j - i <= band_upper, j < key_lengths[b], and the bias is neither False nor -inf there.
+    band_lower <= j - i <= band_upper, one of the key_ranges[b, i] holds j, query_segments[b, i] ==
+    kv_segments[b, j], the dense mask is true there and the bias is not -inf.
     """
 
-    bias: Tensor | None = None  # 4-D, each dimension 1 or that of (B, H, Lq, Lk)
-    key_lengths: Tensor | None = None  # (B,), int64
+    bias: Tensor | None = None  # 4-D, each dimension 1 or that of (B, H, Lq, Lk), floating point
+    dense: Tensor | None = None  # the same, bool
+    key_ranges: Tensor | None = None  # (B or 1, Lq or 1, n, 2): first key and one past the last, int64
+    query_segments: Tensor | None = None  # (B or 1, Lq), int32
+    kv_segments: Tensor | None = None  # (B or 1, Lk), int32
     band_lower: int | None = None
     band_upper: int | None = None
 
+    def visible(self, query_begin: int, query_end: int, kv_len: int, device: Any = None) -> Tensor:
+        """Which keys some of the queries see, broadcastable to (B, H, rows, Lk); the bias aside."""
+        column = torch.arange(kv_len, device=device)
+        row = torch.arange(query_begin, query_end, device=device).unsqueeze(1)
+        terms = [torch.ones((), dtype=torch.bool, device=device)]
+        if self.band_lower is not None:
+            terms.append(column - row >= self.band_lower)
+        if self.band_upper is not None:
+            terms.append(column - row <= self.band_upper)
+        if self.key_ranges is not None:
+            ranges = _rows(self.key_ranges, 1, query_begin, query_end).unsqueeze(1)  # (B, 1, rows, n, 2)
+            inside = (column >= ranges[..., :1]) & (column < ranges[..., 1:])  # (B, 1, rows, n, Lk)
+            terms.append(inside.any(-2))
+        if self.query_segments is not None:
+            queries = self.query_segments[:, None, query_begin:query_end, None]
+            terms.append(queries == self.kv_segments[:, None, None, :])
+        if self.dense is not None:
+            terms.append(_rows(self.dense, 2, query_begin, query_end))
+        return reduce(torch.logical_and, terms)
+
+
+def _rows(tensor: Tensor, dim: int, begin: int, end: int) -> Tensor:
+    """Some of the rows, or the one that stands for all."""
+    return tensor if tensor.size(dim) == 1 else tensor.narrow(dim, begin, end - begin)
+
 
 class Mask:
-    """Base of all masks.  `a & b` lets a query attend to the keys that both allow, and adds what both add."""
+    """Base of all masks.
+
+    `a & b` lets a query attend to the keys that both allow, and adds what both add; `a | b` to those that
+    either allows. `&` binds closer.
+    """
 
     def __and__(self, other: Mask) -> Mask:
         if not isinstance(other, Mask):
             return NotImplemented
-        return Conjunction((*self.parts, *other.parts))
+        return Conjunction(_flatten(Conjunction, self, other))
+
+    def __or__(self, other: Mask) -> Mask:
+        if not isinstance(other, Mask):
+            return NotImplemented
+        return Disjunction(_flatten(Disjunction, self, other))
 
     @property
     def parts(self) -> tuple[Mask, ...]:
+        """The masks that this one is combined from."""
         return (self,)
 
     def lower(self, query_len: int, kv_len: int, device: torch.device) -> LoweredMask:
@@ -59,19 +103,11 @@ class Mask:
             bool (True = attend), or, if a part of the mask is floating point, what is added to the scaled
             scores, with -inf for keys that are hidden. May be an expanded view.
         """
-        bias, key_lengths, band_lower, band_upper = self.lower(query_len, kv_len, device)
-        column = torch.arange(kv_len, device=device)
-        distance = column - torch.arange(query_len, device=device).unsqueeze(1)
-        terms = [torch.ones((), dtype=torch.bool, device=device)]
-        if band_lower is not None:
-            terms.append(distance >= band_lower)
-        if band_upper is not None:
-            terms.append(distance <= band_upper)
-        if key_lengths is not None:
-            terms.append(column < key_lengths.view(-1, 1, 1, 1))
-        if bias is not None:
-            terms.append(bias)
-        return reduce(_intersect, terms).expand(batch, heads, query_len, kv_len)
+        lowered = self.lower(query_len, kv_len, device)
+        dense = lowered.visible(0, query_len, kv_len, device)
+        if lowered.bias is not None:
+            dense = torch.where(dense, lowered.bias, -torch.inf)
+        return dense.expand(batch, heads, query_len, kv_len)
 
 
 @dataclass(frozen=True)
@@ -151,7 +187,9 @@ class KeyLengths(Mask):
     lengths: Tensor
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "lengths", _as_lengths(self.lengths))
+        lengths = _as_lengths(self.lengths)
+        object.__setattr__(self, "lengths", lengths)
+        object.__setattr__(self, "_ranges", _ranges(torch.zeros_like(lengths), lengths)[:, None])
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, KeyLengths) and _same_tensor(self.lengths, other.lengths)
@@ -163,7 +201,88 @@ class KeyLengths(Mask):
         return f"KeyLengths({_summary(self.lengths)})"
 
     def lower(self, query_len: int, kv_len: int, device: torch.device) -> LoweredMask:
-        return LoweredMask(key_lengths=self.lengths.to(device).contiguous())
+        return LoweredMask(key_ranges=self._ranges.to(device))
+
+
+@dataclass(frozen=True)
+class Prefix(Mask):
+    """Every query sees the first ``length`` keys: the inputs of a prefix language model.
+
+    ``Causal() | Prefix(n)`` is the prefix-LM mask (Raffel et al., 2020);
+    ``SlidingWindow(w, 0) | Prefix(4)`` a window that keeps the first keys in sight (Xiao et al., 2024).
+
+    Args:
+        length: number of keys; more than there are is all of them.
+
+    Raises:
+        TypeError: ``length`` is not an int.
+        ValueError: ``length`` is negative.
+    """
+
+    length: int
+
+    def __post_init__(self) -> None:
+        if isinstance(self.length, bool) or not isinstance(self.length, (int, torch.SymInt)):
+            raise TypeError(f"length must be an int, got {type(self.length).__name__}")
+        if self.length < 0:
+            raise ValueError(f"length must not be negative, got {self.length}")
+
+    def lower(self, query_len: int, kv_len: int, device: torch.device) -> LoweredMask:
+        end = torch.full((1, 1), min(self.length, kv_len), dtype=torch.int64, device=device)
+        return LoweredMask(key_ranges=_ranges(torch.zeros_like(end), end))
+
+
+@dataclass(frozen=True, eq=False)
+class Segments(Mask):
+    """A query sees the keys of its own segment: documents packed into one sequence.
+
+    Ids may be any numbers in any order. Tiles of keys outside the first and last key of a query's segment are
+    skipped, so packed documents cost what each costs alone.
+
+    Args:
+        query_ids: (B, Lq) or (Lq,), an integer tensor: the segment of each query.
+        kv_ids: (B, Lk) or (Lk,): that of each key; query_ids by default.
+
+    Raises:
+        TypeError: an argument is not an integer tensor.
+        ValueError: it does not have 1 or 2 dimensions, batch sizes differ, or an id does not fit in 32 bits.
+    """
+
+    query_ids: Tensor
+    kv_ids: Tensor = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        query_ids = _as_segment_ids("query_ids", self.query_ids)
+        kv_ids = query_ids if self.kv_ids is None else _as_segment_ids("kv_ids", self.kv_ids)
+        batches = query_ids.shape[0], kv_ids.shape[0]
+        if batches[0] != batches[1] and 1 not in batches:
+            raise ValueError(
+                f"query_ids and kv_ids must have the same batch size, got shapes {tuple(query_ids.shape)} "
+                f"and {tuple(kv_ids.shape)}"
+            )
+        object.__setattr__(self, "query_ids", query_ids)
+        object.__setattr__(self, "kv_ids", kv_ids)
+        object.__setattr__(self, "_ranges", _segment_ranges(query_ids, kv_ids))
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Segments)
+            and _same_tensor(self.query_ids, other.query_ids)
+            and _same_tensor(self.kv_ids, other.kv_ids)
+        )
+
+    def __hash__(self) -> int:
+        return hash((Segments, self.query_ids.shape, self.kv_ids.shape))
+
+    def __repr__(self) -> str:
+        return f"Segments({tuple(self.query_ids.shape)}, {tuple(self.kv_ids.shape)})"
+
+    def lower(self, query_len: int, kv_len: int, device: torch.device) -> LoweredMask:
+        return LoweredMask(
+            key_ranges=self._ranges.to(device),
+            query_segments=self.query_ids.to(device),
+            kv_segments=self.kv_ids.to(device),
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,24 +323,56 @@ class Dense(Mask):
         return f"Dense({_summary(self.tensor)})"
 
     def lower(self, query_len: int, kv_len: int, device: torch.device) -> LoweredMask:
-        return LoweredMask(bias=self.tensor[(None,) * (4 - self.tensor.dim())])
+        tensor = self.tensor[(None,) * (4 - self.tensor.dim())]
+        return LoweredMask(dense=tensor) if tensor.dtype == torch.bool else LoweredMask(bias=tensor)
 
 
 @dataclass(frozen=True)
-class Conjunction(Mask):
-    """What `&` makes: all its parts at once."""
-
+class _Combination(Mask):
     masks: tuple[Mask, ...]
 
     @property
     def parts(self) -> tuple[Mask, ...]:
-        return self.masks
+        return tuple(part for mask in self.masks for part in mask.parts)
+
+
+def _flatten(kind: type[_Combination], *masks: Mask) -> tuple[Mask, ...]:
+    """The masks, and in place of those that are of this kind what they combine."""
+    return tuple(part for mask in masks for part in (mask.masks if isinstance(mask, kind) else (mask,)))
+
+
+class Conjunction(_Combination):
+    """What `&` makes: all its parts at once."""
 
     def __repr__(self) -> str:
-        return " & ".join(map(repr, self.masks))
+        texts = (f"({mask})" if isinstance(mask, Disjunction) else repr(mask) for mask in self.masks)
+        return " & ".join(texts)
 
     def lower(self, query_len: int, kv_len: int, device: torch.device) -> LoweredMask:
         return reduce(_lowered_and, (mask.lower(query_len, kv_len, device) for mask in self.masks))
+
+
+class Disjunction(_Combination):
+    """What `|` makes: any of its parts."""
+
+    def __repr__(self) -> str:
+        return " | ".join(map(repr, self.masks))
+
+    def lower(self, query_len: int, kv_len: int, device: torch.device) -> LoweredMask:
+        lowered = [mask.lower(query_len, kv_len, device) for mask in self.masks]
+        if any(part.bias is not None for part in lowered):
+            raise TypeError("masks combined with | must be boolean, got a floating-point Dense mask")
+        if any(part.dense is not None for part in lowered):
+            return LoweredMask(dense=_dense_or(lowered, query_len, kv_len, device))
+        parts = [_as_ranges(part, query_len, kv_len, device) for part in lowered]
+        batch = max(part.size(0) for part in parts)
+        ranges = torch.cat([part.expand(batch, query_len, -1, 2) for part in parts], dim=2)
+        if ranges.size(2) > MAX_RANGES:
+            raise ValueError(
+                f"a mask must let a query see at most {MAX_RANGES} ranges of keys, "
+                f"got {ranges.size(2)}: {self}"
+            )
+        return LoweredMask(key_ranges=ranges)
 
 
 def is_causal_bias(tensor: Any) -> bool:
@@ -251,9 +402,13 @@ def _check_align(align: str) -> None:
 
 
 def _lowered_and(a: LoweredMask, b: LoweredMask) -> LoweredMask:
+    query_segments, kv_segments = _both(_intersect_segments, _segments_of(a), _segments_of(b)) or (None, None)
     return LoweredMask(
-        bias=_both(_intersect, a.bias, b.bias),
-        key_lengths=_both(torch.minimum, a.key_lengths, b.key_lengths),
+        bias=_both(add_biases, a.bias, b.bias),
+        dense=_both(torch.logical_and, a.dense, b.dense),
+        key_ranges=_both(_intersect_ranges, a.key_ranges, b.key_ranges),
+        query_segments=query_segments,
+        kv_segments=kv_segments,
         band_lower=_both(torch.sym_max, a.band_lower, b.band_lower),
         band_upper=_both(torch.sym_min, a.band_upper, b.band_upper),
     )
@@ -266,15 +421,113 @@ def _both(combine: Callable[[Any, Any], Any], a: Any, b: Any) -> Any:
     return a if b is None else combine(a, b)
 
 
-def _intersect(a: Tensor, b: Tensor) -> Tensor:
-    """The dense mask that allows what both allow and adds what both add."""
-    if a.dtype == torch.bool and b.dtype == torch.bool:
-        return a & b
-    if a.dtype == torch.bool:
-        return torch.where(a, b, -torch.inf)
-    if b.dtype == torch.bool:
-        return torch.where(b, a, -torch.inf)
-    return a + b
+def add_biases(a: Tensor, b: Tensor) -> Tensor:
+    """Their sum, which two half-precision numbers may not have room for."""
+    dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+    return a.to(dtype) + b.to(dtype)
+
+
+def _ranges(begin: Tensor, end: Tensor) -> Tensor:
+    """(B, L) or (B,) each -> one range of keys for each, (..., 1, 2)."""
+    return torch.stack((begin, end), -1).unsqueeze(-2)
+
+
+def _intersect_ranges(a: Tensor, b: Tensor) -> Tensor:
+    """Each range of one with each of the other: (B, L, n, 2) and (B, L, m, 2) -> (B, L, n m, 2)."""
+    a, b = a.unsqueeze(3), b.unsqueeze(2)
+    begin, end = torch.maximum(a[..., 0], b[..., 0]), torch.minimum(a[..., 1], b[..., 1])
+    ranges = torch.stack((begin, end), -1).flatten(2, 3)
+    if ranges.size(2) > MAX_RANGES:
+        raise ValueError(
+            f"a mask must let a query see at most {MAX_RANGES} ranges of keys, got {ranges.size(2)}"
+        )
+    return ranges
+
+
+def _as_ranges(lowered: LoweredMask, query_len: int, kv_len: int, device: torch.device) -> Tensor:
+    """A mask without dense parts as ranges alone."""
+    if lowered.query_segments is not None:
+        _check_contiguous_segments(lowered)
+    row = torch.arange(query_len, device=device)
+    begin, end = torch.zeros_like(row), torch.full_like(row, kv_len)
+    if lowered.band_lower is not None:
+        begin = (row + max(lowered.band_lower, -query_len)).clamp(0, kv_len)
+    if lowered.band_upper is not None:
+        end = (row + min(lowered.band_upper, kv_len) + 1).clamp(0, kv_len)
+    band = _ranges(begin, end)[None]
+    return band if lowered.key_ranges is None else _intersect_ranges(band, lowered.key_ranges)
+
+
+def _dense_or(parts: list[LoweredMask], query_len: int, kv_len: int, device: torch.device) -> Tensor:
+    visible = [part.visible(0, query_len, kv_len, device) for part in parts]
+    shape = torch.broadcast_shapes(*(tensor.shape for tensor in visible))
+    largest = max(part.dense.numel() for part in parts if part.dense is not None)
+    if math.prod(shape) > largest:
+        raise NotImplementedError(
+            f"| of a Dense mask and a mask of another kind needs a tensor of shape {tuple(shape)}, which "
+            "would be larger than the one given: make that tensor, or expand the given one"
+        )
+    return reduce(torch.logical_or, visible)
+
+
+def _segments_of(lowered: LoweredMask) -> tuple[Tensor, Tensor] | None:
+    return None if lowered.query_segments is None else (lowered.query_segments, lowered.kv_segments)
+
+
+def _intersect_segments(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Ids that are equal where those of both are."""
+    query_len, batch = a[0].size(1), max(a[0].size(0), b[0].size(0), a[1].size(0), b[1].size(0))
+    pairs = torch.stack(
+        [torch.cat([ids.expand(batch, -1) for ids in pair], dim=1) for pair in (a, b)], dim=-1
+    )
+    ids = torch.unique(pairs.flatten(0, 1), dim=0, return_inverse=True)[1].view(batch, -1).to(torch.int32)
+    return ids[:, :query_len], ids[:, query_len:]
+
+
+def _segment_ranges(query_ids: Tensor, kv_ids: Tensor) -> Tensor:
+    """From the first to the last key of each query's segment, (B or 1, Lq, 1, 2)."""
+    batch = max(query_ids.size(0), kv_ids.size(0))
+    query_ids, kv_ids = (ids.expand(batch, -1).contiguous() for ids in (query_ids, kv_ids))
+    if kv_ids.size(1) == 0:
+        return torch.zeros(batch, query_ids.size(1), 1, 2, dtype=torch.int64, device=query_ids.device)
+    ordered, index = torch.sort(kv_ids, dim=1, stable=True)
+    left = torch.searchsorted(ordered, query_ids)
+    right = torch.searchsorted(ordered, query_ids, right=True)
+    begin = index.gather(1, left.clamp(max=kv_ids.size(1) - 1))
+    end = index.gather(1, (right - 1).clamp(min=0)) + 1
+    return _ranges(begin, torch.where(left == right, begin, end))
+
+
+def _check_contiguous_segments(lowered: LoweredMask) -> None:
+    if torch.compiler.is_compiling():
+        raise NotImplementedError("Segments combined with | cannot be traced: pass the mask in from outside")
+    ranges = _segment_ranges(lowered.query_segments, lowered.kv_segments)
+    begin, end = ranges[..., 0, 0], ranges[..., 0, 1]
+    kv_ids = lowered.kv_segments
+    changes = torch.nn.functional.pad((kv_ids[:, 1:] != kv_ids[:, :-1]).cumsum(1), (1, 0))
+    changes = changes.expand(begin.size(0), -1)
+    if kv_ids.size(1) == 0:
+        return
+    last = changes.gather(1, (end - 1).clamp(min=0))
+    if bool((changes.gather(1, begin.clamp(max=kv_ids.size(1) - 1)) != last).logical_and(end > begin).any()):
+        raise NotImplementedError("Segments combined with | must be contiguous: one run of keys for each id")
+
+
+def _as_segment_ids(name: str, ids: Any) -> Tensor:
+    """(B or 1, L), int32."""
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(ids).__name__}")
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise TypeError(f"{name} must be a tensor of integers, got {ids.dtype}")
+    if ids.dim() not in (1, 2):
+        raise ValueError(f"{name} must be (B, L) or (L,), got shape {tuple(ids.shape)}")
+    if ids.dtype == torch.int64 and not torch.compiler.is_compiling() and ids.numel():
+        limits = torch.iinfo(torch.int32)
+        least, most = (int(x) for x in ids.aminmax())
+        if least < limits.min or most > limits.max:
+            raise ValueError(f"{name} must fit in 32 bits, got {least} to {most}")
+    ids = ids.to(torch.int32)
+    return ids if ids.dim() == 2 else ids.unsqueeze(0)
 
 
 def _as_lengths(lengths: Tensor | Sequence[int]) -> Tensor:

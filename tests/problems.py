@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
+import operator
 import random
 import zlib
 from types import SimpleNamespace
@@ -74,19 +77,89 @@ def run(
     key: Tensor,
     value: Tensor,
     *,
-    mask: Any = None,
-    scale: float | None = None,
     grad_out: Tensor | None = None,
     grad_lse: Tensor | None = None,
+    **options: Any,
 ) -> dict[str, Tensor]:
-    """Forward and backward by the kernels: out, lse, grad_query, grad_key, grad_value."""
-    inputs = tuple(t.detach().requires_grad_() for t in (query, key, value))
-    out, lse = attn_ext.attention(*inputs, mask=mask, scale=scale, return_lse=True)
+    """Forward and backward by the kernels: out, lse, grad_query, grad_key, grad_value.
+
+    With a bias or sinks among the options of `attn_ext.attention`, also grad_bias and grad_sinks.
+    """
+    inputs = {"query": query, "key": key, "value": value}
+    inputs |= {name: options[name] for name in ("bias", "sinks") if options.get(name) is not None}
+    inputs = {name: t.detach().requires_grad_() for name, t in inputs.items()}
+    leaves = tuple(inputs.values())
+    options = {**options, **dict(list(inputs.items())[3:])}
+    out, lse = attn_ext.attention(*leaves[:3], **options, return_lse=True)
     grad_out = torch.ones_like(out) if grad_out is None else grad_out
     grad_lse = torch.zeros_like(lse) if grad_lse is None else grad_lse
-    grads = torch.autograd.grad((out, lse), inputs, (grad_out, grad_lse))
-    names = ("out", "lse", "grad_query", "grad_key", "grad_value")
+    grads = torch.autograd.grad((out, lse), leaves, (grad_out, grad_lse))
+    names = ("out", "lse", *(f"grad_{name}" for name in inputs))
     return dict(zip(names, (out.detach(), lse.detach(), *grads), strict=True))
+
+
+# What `make_options` knows, and which of it is a mask.
+FEATURES = ("bias", "softcap", "alibi", "sinks", "dropout", "additive")
+MASKS = ("causal", "window", "prefix", "key_lengths", "segments", "boolean")
+BIAS_SHAPES = tuple(itertools.product((False, True), repeat=4))
+
+
+def make_options(
+    names: tuple[str, ...], batch: int, heads: int, query_len: int, kv_len: int
+) -> dict[str, Any]:
+    """Random options of `attn_ext.attention` with these features; each draws its dtype and shape as well."""
+    sizes = batch, heads, query_len, kv_len
+    generator = random.Random(int(torch.randint(2**31, ())))
+    options: dict[str, Any] = {}
+    masks = []
+    for name in names:
+        dtype = generator.choice(DTYPES)
+        if name == "bias":
+            options["bias"] = make_bias(sizes, generator.choice(BIAS_SHAPES), dtype)
+        elif name == "softcap":
+            options["softcap"] = generator.choice((0.5, 3.0, 50.0))
+        elif name == "alibi":
+            shape = generator.choice(((heads,), (batch, heads)))
+            options["alibi_slopes"] = torch.rand(shape).to(dtype)
+        elif name == "sinks":
+            options["sinks"] = (2 * torch.randn(heads)).to(dtype)
+        elif name == "dropout":
+            options["dropout_p"] = generator.choice((0.1, 0.5, 0.9))
+            options["dropout_seed"] = generator.getrandbits(63)
+        else:
+            masks.append(make_mask(name, sizes, generator, dtype))
+    if masks:
+        options["mask"] = functools.reduce(operator.and_, masks)
+    return options
+
+
+def make_bias(sizes: tuple[int, ...], full: tuple[bool, ...], dtype: torch.dtype) -> Tensor:
+    """Normal numbers, one in eight -inf, in a shape that is 1 where `full` is false."""
+    shape = tuple(size if is_full else 1 for size, is_full in zip(sizes, full, strict=True))
+    bias = torch.randn(shape)
+    hidden = (torch.rand(shape) < 0.125) & (torch.tensor(shape).prod() > 1)
+    return torch.where(hidden, -torch.inf, bias).to(dtype)
+
+
+def make_mask(
+    name: str, sizes: tuple[int, ...], generator: random.Random, dtype: torch.dtype
+) -> attn_ext.Mask:
+    batch, _, query_len, kv_len = sizes
+    align = generator.choice(("top_left", "bottom_right"))
+    if name == "causal":
+        return attn_ext.Causal(align=align)
+    if name == "window":
+        return attn_ext.SlidingWindow(generator.choice((None, 3, 40)), generator.choice((None, 0, 17)), align)
+    if name == "prefix":
+        return attn_ext.SlidingWindow(9, 0, align) | attn_ext.Prefix(generator.choice((1, 4, 50)))
+    if name == "key_lengths":
+        return attn_ext.KeyLengths([generator.randint(0, kv_len) for _ in range(batch)])
+    if name == "segments":
+        return attn_ext.Segments(torch.randint(3, (batch, query_len)), torch.randint(3, (batch, kv_len)))
+    if name == "boolean":
+        return attn_ext.Dense(torch.rand(batch, 1, query_len, kv_len) < 0.75)
+    assert name == "additive"
+    return attn_ext.Dense(make_bias(sizes, generator.choice(BIAS_SHAPES), dtype).requires_grad_())
 
 
 def assert_same_bits(actual: dict[str, Tensor], expected: dict[str, Tensor], *names: str) -> None:

@@ -1,18 +1,20 @@
-"""Derivatives: autograd, torch.func, autocast, checkpoints. What is not implemented raises, never is zero."""
+"""First derivatives in reverse mode: autograd, torch.func, vmap, autocast, checkpoints."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.utils.checkpoint import checkpoint
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import attn_ext
-from attn_ext import Causal, Dense, KeyLengths
+from attn_ext import Causal, Dense, KeyLengths, Prefix
+from attn_ext._ops import Options
 
 SCALE = 0.3
 
@@ -22,7 +24,7 @@ def public(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 def operator(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    return torch.ops.attn_ext.attention_forward(query, key, value, None, None, SCALE, None, None)[0]
+    return torch.ops.attn_ext.attention_forward(query, key, value, *Options(scale=SCALE))[0]
 
 
 def reference(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -91,7 +93,7 @@ def test_only_one_input_requires_grad(attend, index):
 
 
 def test_the_internal_output_is_not_differentiable():
-    results = torch.ops.attn_ext.attention_forward(*inputs(requires_grad=True), None, None, 1.0, None, None)
+    results = torch.ops.attn_ext.attention_forward(*inputs(requires_grad=True), *Options())
     assert [result.requires_grad for result in results] == [True, True, False]
 
 
@@ -132,65 +134,13 @@ def test_inputs_changed_in_place_are_noticed():
         out.sum().backward()
 
 
-# --- What is not implemented --------------------------------------------------------------------------------
-
-
-def test_double_backward_raises(attend):
-    tensors = inputs(requires_grad=True)
-    grad_out = torch.randn(2, 2, 5, 6, dtype=torch.float64, requires_grad=True)
-    grads = torch.autograd.grad(attend(*tensors), tensors, grad_out, create_graph=True)
-    for target in (*tensors, grad_out):
-        with pytest.raises(NotImplementedError, match="double backward of attention is not implemented"):
-            torch.autograd.grad(sum(grad.sum() for grad in grads), target, retain_graph=True)
-
-
-def test_double_backward_under_torch_func_raises(attend):
-    query, key, value = inputs()
-
-    def inner(query, key):
-        return torch.func.grad(lambda k: attend(query, k, value).pow(2).sum())(key).sum()
-
-    with pytest.raises(NotImplementedError, match="double backward"):
-        torch.func.grad(inner)(query, key)
-    with pytest.raises(NotImplementedError, match="double backward"):
-        inner(query.requires_grad_(), key).backward()
-
-
-@pytest.mark.parametrize("requires_grad", [False, True])
-@pytest.mark.parametrize("index", range(3))
-def test_dual_tensors_raise(attend, index, requires_grad):
-    tensors = list(inputs(requires_grad=requires_grad))
-    with forward_ad.dual_level():
-        tensors[index] = forward_ad.make_dual(tensors[index], torch.ones_like(tensors[index]))
-        with pytest.raises(NotImplementedError, match="forward-mode differentiation"):
-            attend(*tensors)
-
-
-def test_a_forward_mode_level_without_tangents(attend):
-    tensors = inputs(requires_grad=True)
-    with forward_ad.dual_level():
-        out = attend(*tensors)
-    torch.testing.assert_close(out, reference(*tensors))
-    out.sum().backward()
-    assert tensors[0].grad is not None
-
-
-@pytest.mark.parametrize(
-    "transform",
-    [
-        lambda f, x: torch.func.jvp(f, (x,), (x,)),
-        lambda f, x: torch.func.jacfwd(f)(x),
-        lambda f, x: torch.func.hessian(lambda x: f(x).sum())(x),
-        lambda f, x: torch.func.linearize(f, x),
-        lambda f, x: torch.func.jvp(torch.func.grad(lambda x: f(x).sum()), (x,), (x,)),
-        lambda f, x: torch.vmap(lambda t: torch.func.jvp(f, (x,), (t,))[1])(torch.stack([x, x])),
-    ],
-    ids=["jvp", "jacfwd", "hessian", "linearize", "jvp(grad)", "vmap(jvp)"],
-)
-def test_forward_mode_transforms_raise(attend, transform):
-    query, key, value = inputs()
-    with pytest.raises(NotImplementedError, match="forward-mode differentiation"):
-        transform(lambda query: attend(query, key, value), query)
+def test_the_gradient_of_slopes_is_not_implemented():
+    tensors, slopes = inputs(), torch.rand(2, requires_grad=True)
+    with pytest.raises(NotImplementedError, match="alibi_slopes must not require grad"):
+        attn_ext.attention(*tensors, alibi_slopes=slopes)
+    with torch.no_grad():
+        attn_ext.attention(*tensors, alibi_slopes=slopes)
+    attn_ext.attention(*tensors, alibi_slopes=slopes.detach())
 
 
 # --- torch.func ---------------------------------------------------------------------------------------------
@@ -273,6 +223,97 @@ def test_vmap_of_masks(dims, batch):
         torch.testing.assert_close(torch.vmap(attend, dims)(*tensors), torch.stack(one_by_one))
 
 
+PER_SAMPLE = {
+    "bias for all": {"bias": ((1, 1, 5, 7), None)},
+    "bias with a batch": {"bias": ((2, 2, 1, 7), None)},
+    "bias of two dimensions": {"bias": ((5, 7), None)},
+    "mapped bias": {"bias": ((2, 1, 5, 7), 0)},
+    "mapped bias for all": {"bias": ((1, 2, 5, 1), 0)},
+    "sinks": {"sinks": ((2,), None)},
+    "mapped sinks": {"sinks": ((2,), 0)},
+    "both": {"bias": ((1, 2, 5, 7), None), "sinks": ((2,), 0)},
+    "both mapped": {"bias": ((1, 2, 1, 7), 0), "sinks": ((2,), 0)},
+}
+CONSTANTS = {
+    "none": {},
+    "softcap and alibi": {"softcap": 1.5, "alibi_slopes": torch.tensor([0.5, 0.1])},
+    "dropout": {"dropout_p": 0.4, "dropout_seed": 3},
+    "masks": {"mask": Causal("bottom_right") | Prefix(2)},
+}
+
+
+@pytest.mark.parametrize("constants", CONSTANTS.values(), ids=CONSTANTS)
+@pytest.mark.parametrize("arguments", PER_SAMPLE.values(), ids=PER_SAMPLE)
+def test_gradients_per_sample(arguments, constants):
+    """Of shared parameters there is one gradient for each sample, as a loop has it."""
+    tensors, names = [*inputs(4)], list(arguments)
+    dims = [0, 0, None]
+    tensors[2] = tensors[2][0]
+    for shape, dim in arguments.values():
+        tensors.append(torch.randn(*([4] if dim == 0 else []), *shape, dtype=torch.float64))
+        dims.append(dim)
+
+    def loss(query, key, value, *others):
+        options = dict(zip(names, others, strict=True))
+        out, lse = attn_ext.attention(query, key, value, **options, **constants, return_lse=True)
+        return out.pow(2).sum() + (lse * out.sum(-1)).sum()
+
+    grad = torch.func.grad(loss, argnums=tuple(range(len(tensors))))
+    one_by_one = [
+        grad(*(x if dim is None else x[i] for x, dim in zip(tensors, dims, strict=True))) for i in range(4)
+    ]
+    expected = tuple(torch.stack(grads) for grads in zip(*one_by_one, strict=True))
+    torch.testing.assert_close(torch.vmap(grad, tuple(dims))(*tensors), expected)
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_vmap_of_dropout(grad):
+    """As of torch's dropout: an error by default, one draw for all, or one for each."""
+    query, key, value = inputs()
+    same = torch.stack([query, query, query])
+
+    def loss(query):
+        return attn_ext.attention(query, key, value, dropout_p=0.5).pow(2).sum()
+
+    function = torch.func.grad(loss) if grad else loss
+    with pytest.raises(RuntimeError, match="randomness"):
+        torch.vmap(function)(same)
+    torch.manual_seed(1)
+    expected = function(query)
+    torch.manual_seed(1)
+    for result in torch.vmap(function, randomness="same")(same):
+        torch.testing.assert_close(result, expected)
+    different = torch.vmap(function, randomness="different")(same)
+    assert not any(torch.equal(different[i], different[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
+
+
+def test_vmap_over_seeds():
+    query, key, value = inputs()
+    seeds = torch.tensor([1, 2, 3])
+
+    def attend(seed):
+        return attn_ext.attention(query, key, value, dropout_p=0.5, dropout_seed=seed)
+
+    torch.testing.assert_close(torch.vmap(attend)(seeds), torch.stack([attend(seed) for seed in seeds]))
+
+
+@pytest.mark.parametrize("dims", [(0, 0), (0, None), (None, 0)], ids=str)
+def test_vmap_over_slopes_and_ranges(dims):
+    query, key, value = inputs()
+    slopes, lengths = torch.rand(3, 2), torch.randint(8, (3, 2))
+
+    def attend(slopes, lengths):
+        mask = Causal("bottom_right") | KeyLengths(lengths)
+        return attn_ext.attention(query, key, value, alibi_slopes=slopes, mask=mask)
+
+    arguments = [x if dim == 0 else x[0] for dim, x in zip(dims, (slopes, lengths), strict=True)]
+    one_by_one = [
+        attend(*(x if dim is None else x[i] for dim, x in zip(dims, arguments, strict=True)))
+        for i in range(3)
+    ]
+    torch.testing.assert_close(torch.vmap(attend, dims)(*arguments), torch.stack(one_by_one))
+
+
 def test_gradients_of_outer_levels(attend):
     """An inner transform over something else must not hide the attention from autograd outside of it."""
     tensors = inputs(requires_grad=True)
@@ -300,6 +341,87 @@ def test_checkpoint(attend, use_reentrant):
     checkpoint(squared_sum(attend), *recomputed, use_reentrant=use_reentrant).backward()
     for a, b in zip(plain, recomputed, strict=True):
         assert torch.equal(a.grad, b.grad)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("dropout_seed", [None, 3])
+def test_checkpoint_with_dropout(use_reentrant, dropout_seed):
+    """The seed that is drawn again is the same, and so are all bits."""
+
+    def function(query, key, value, bias, sinks):
+        options = {"bias": bias, "sinks": sinks, "dropout_p": 0.5, "dropout_seed": dropout_seed}
+        return attn_ext.attention(query, key, value, **options).pow(2).sum()
+
+    tensors = *inputs(), torch.randn(5, 7), torch.randn(2)
+    results = []
+    for call in (function, lambda *x: checkpoint(function, *x, use_reentrant=use_reentrant)):
+        torch.manual_seed(1)
+        copies = leaves(tensors)
+        call(*copies).backward()
+        results.append([x.grad for x in copies])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+class CountForwards(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.attn_ext.attention_forward.default
+        return function(*args, **(kwargs or {}))
+
+
+def count_forwards(function, compiled):
+    """How often the kernel runs. A profiler would also count what a checkpoint takes from its store; a mode
+    cannot see into compiled graphs that draw random numbers.
+    """
+    if not compiled:
+        with CountForwards() as counter:
+            function()
+        return counter.count
+    with torch.autograd.profiler.profile() as profile:
+        function()
+    return sum(event.name == "attn_ext::attention_forward" for event in profile.function_events)
+
+
+def keep_attention(context, operator, *args, **kwargs):
+    kept = operator is torch.ops.attn_ext.attention_forward.default
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+def test_selective_checkpoint(dropout_p, compiled):
+    """With the attention among what is kept, the backward runs all else again."""
+
+    def function(query, key, value, bias, sinks):
+        out = attn_ext.attention(query.sin(), key, value, bias=bias, sinks=sinks, dropout_p=dropout_p)
+        return out.sin().pow(2).sum()
+
+    contexts = functools.partial(create_selective_checkpoint_contexts, keep_attention)
+
+    def selective(*tensors):
+        return checkpoint(function, *tensors, use_reentrant=False, context_fn=contexts)
+
+    def full(*tensors):
+        return checkpoint(function, *tensors, use_reentrant=False)
+
+    tensors = *inputs(), torch.randn(5, 7), torch.randn(2)
+    results, counts = [], []
+    torch.compiler.reset()
+    for call in (function, selective, full):
+        if compiled:
+            call = torch.compile(call, backend="aot_eager", fullgraph=True)
+        torch.manual_seed(1)
+        copies = leaves(tensors)
+        result = call(*copies)
+        counts.append(count_forwards(result.backward, compiled))
+        results.append([x.grad for x in copies])
+    assert counts == [0, 0, 1]
+    for grads in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], grads, strict=True))
+    torch.compiler.reset()
 
 
 def test_saved_tensors_hooks(attend):
@@ -354,3 +476,23 @@ def test_autocast_keeps_the_mask():
     assert torch.equal(
         out, attn_ext.scaled_dot_product_attention(query.bfloat16(), key.bfloat16(), value.bfloat16(), mask)
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_autocast_keeps_bias_and_sinks(dtype):
+    """They, their gradients and the slopes keep their dtype and precision."""
+    tensors = tuple(tensor.float() for tensor in inputs())
+    bias, sinks, slopes = torch.randn(5, 7).to(dtype), torch.randn(2).to(dtype), torch.rand(2).to(dtype)
+
+    def step(cast):
+        query, key, value, *more = leaves((*(x.to(cast) for x in tensors), bias, sinks))
+        out, lse = attn_ext.attention(
+            query, key, value, bias=more[0], sinks=more[1], alibi_slopes=slopes, return_lse=True
+        )
+        return out, lse, *torch.autograd.grad(out.float().sum() + lse.sum(), more)
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = step(torch.float32)
+    expected = step(torch.bfloat16)
+    assert [x.dtype for x in actual] == [torch.bfloat16, torch.float32, dtype, dtype]
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 
 import pytest
@@ -11,7 +12,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
 import attn_ext
-from attn_ext import Causal, Dense, KeyLengths
+from attn_ext import Causal, Dense, KeyLengths, Prefix, Segments
+from attn_ext._ops import Options
 
 LENGTHS = torch.tensor([3, 7])
 PADDED_AND_CAUSAL = Causal() & KeyLengths(LENGTHS)
@@ -85,29 +87,61 @@ def forget_compiled_code():
     torch.compiler.reset()
 
 
-MASK_ARGUMENTS = {
-    "plain": (None, None, 0.3, None, None),
-    "band": (None, None, 0.3, -3, 1),
-    "lengths": (None, LENGTHS, 0.3, None, 2),
-    "bool": (torch.eye(5, 7).bool()[None, None], None, 0.3, None, None),
-    "float": (torch.randn(2, 1, 5, 7), None, 0.3, None, None),
-    "everything": (torch.randn(1, 4, 1, 7), LENGTHS, 0.3, -3, 1),
+RANGES = torch.tensor([[[[0, 3]]], [[[2, 7]]]])
+OPTIONS = {
+    "plain": {},
+    "band": {"band_lower": -3, "band_upper": 1},
+    "lengths": {"key_ranges": RANGES, "band_upper": 2},
+    "mask": {"mask": torch.eye(5, 7).bool()[None, None]},
+    "bias": {"bias": torch.randn(2, 1, 5, 7)},
+    "bias of bfloat16": {"bias": torch.randn(1, 4, 1, 7).bfloat16()},
+    "sinks": {"sinks": torch.randn(4)},
+    "segments": {
+        "query_segments": torch.tensor([[0, 0, 1, 1, 2]], dtype=torch.int32),
+        "kv_segments": torch.tensor([[0, 0, 1, 1, 1, 2, 2]], dtype=torch.int32),
+    },
+    "alibi": {"alibi_slopes": torch.rand(2, 4)},
+    "softcap": {"softcap": 1.5},
+    "dropout": {"dropout_p": 0.4, "dropout_seed": torch.tensor(3)},
 }
+OPTIONS["everything"] = {name: value for options in OPTIONS.values() for name, value in options.items()}
 
 
-@pytest.mark.parametrize("mask", MASK_ARGUMENTS.values(), ids=MASK_ARGUMENTS)
-def test_opcheck(mask):
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_opcheck(options):
     forward, backward = torch.ops.attn_ext.attention_forward, torch.ops.attn_ext.attention_backward
+    options = Options(**{"scale": 0.3, **options})
+    differentiable = options._replace(
+        **{
+            name: tensor.clone().requires_grad_()
+            for name, tensor in (("bias", options.bias), ("sinks", options.sinks))
+            if tensor is not None
+        }
+    )
     tensors = inputs()
-    torch.library.opcheck(forward.default, (*tensors, *mask))
-    torch.library.opcheck(torch.ops.attn_ext.attention_output.default, (*tensors, *mask))
+    torch.library.opcheck(forward.default, (*tensors, *differentiable))
     tensors = tuple(tensor.detach() for tensor in tensors)
-    torch.library.opcheck(forward.default, (*tensors, *mask))
-    torch.library.opcheck(torch.ops.attn_ext.attention_output.default, (*tensors, *mask))
-    results = forward(*tensors, *mask)
+    torch.library.opcheck(forward.default, (*tensors, *options))
+    results = forward(*tensors, *options)
     grad_out, grad_lse = torch.randn_like(results[0]), torch.randn_like(results[1])
-    torch.library.opcheck(backward.default, (grad_out, grad_lse, *tensors, *results, *mask))
-    torch.library.opcheck(backward.default, (grad_out, None, *tensors, *results, *mask))
+    wants = options.bias is not None, options.sinks is not None
+    torch.library.opcheck(backward.default, (grad_out, grad_lse, *tensors, *results, *options, *wants))
+    torch.library.opcheck(backward.default, (grad_out, None, *tensors, *results, *options, False, False))
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+@pytest.mark.parametrize("name", ["plain", "band", "lengths", "mask", "bias"])
+def test_opcheck_of_the_output_alone(name, requires_grad):
+    options = Options(**{"scale": 0.3, **OPTIONS[name]})
+    bias = None if options.bias is None else options.bias.clone().requires_grad_(requires_grad)
+    rest = options.mask, options.key_ranges, options.scale, options.band_lower, options.band_upper
+    arguments = (*inputs(requires_grad=requires_grad), bias, *rest)
+    torch.library.opcheck(torch.ops.attn_ext.attention_output.default, arguments)
+
+
+def test_opcheck_of_the_dropout_mask():
+    arguments = torch.tensor(3), 0.4, 2, 3, 1, 5, 7
+    torch.library.opcheck(torch.ops.attn_ext.dropout_mask.default, arguments)
 
 
 @pytest.mark.parametrize("lengths", [(5, 7), (1, 7), (5, 1), (1, 1), (0, 7), (5, 0)], ids=str)
@@ -126,17 +160,21 @@ def test_fake_results_are_laid_out_like_real_ones(dtype, transposed, heads, leng
         return [(result.shape, result.stride(), result.dtype) for result in results]
 
     tensors = make(lengths[0], 8), make(lengths[1], 8), make(lengths[1], 6)
-    mask = (None, None, 0.3, None, None)
+    options = Options(scale=0.3)
+    output_options = (None, None, None, 0.3, None, None)
     forward, backward = torch.ops.attn_ext.attention_forward, torch.ops.attn_ext.attention_backward
-    results = forward(*tensors, *mask)
+    results = forward(*tensors, *options)
     meta = [tensor.to("meta") for tensor in tensors]
     assert [tensor.stride() for tensor in meta] == [tensor.stride() for tensor in tensors]
-    assert layout(forward(*meta, *mask)) == layout(results)
+    assert layout(forward(*meta, *options)) == layout(results)
     output = torch.ops.attn_ext.attention_output
-    assert layout((output(*meta, *mask),)) == layout((output(*tensors, *mask),)) == layout(results[:1])
-    grads = backward(results[0], None, *tensors, *results, *mask)
+    outputs = output(*meta, *output_options), output(*tensors, *output_options)
+    assert layout(outputs[:1]) == layout(outputs[1:]) == layout(results[:1])
+    grads = backward(results[0], None, *tensors, *results, *options, False, False)
     meta_results = [result.to("meta") for result in results]
-    assert layout(backward(meta_results[0], None, *meta, *meta_results, *mask)) == layout(grads)
+    assert layout(backward(meta_results[0], None, *meta, *meta_results, *options, False, False)) == layout(
+        grads
+    )
 
 
 @pytest.mark.parametrize("dynamic", [None, True])
@@ -159,6 +197,105 @@ def test_compile_does_not_recompile_for_another_length(function):
     with torch._dynamo.config.patch(error_on_recompile=True):
         for lengths in [(11, 13), (64, 100), (3, 1000)]:
             assert_same_training_step(compiled, function, inputs(*lengths))
+
+
+IDS = torch.tensor([[0, 0, 1, 1, 1, 2, 2], [0, 1, 1, 1, 1, 1, 1]])
+PACKED = Segments(IDS[:, :5], IDS)
+
+
+def plus_lse(results: tuple[Tensor, Tensor]) -> Tensor:
+    out, lse = results
+    return out + lse.unsqueeze(-1)
+
+
+FEATURES = {
+    "bias": lambda q, k, v, bias, sinks: attn_ext.attention(q, k, v, bias=bias),
+    "bias of one dimension": lambda q, k, v, bias, sinks: attn_ext.attention(q, k, v, bias=bias[0, 0, 0]),
+    "attn_mask": lambda q, k, v, bias, sinks: attn_ext.scaled_dot_product_attention(
+        q, k, v, bias, enable_gqa=True
+    ),
+    "sinks": lambda q, k, v, bias, sinks: attn_ext.attention(q, k, v, sinks=sinks),
+    "softcap": lambda q, k, v, bias, sinks: attn_ext.attention(q, k, v, softcap=1.5),
+    "alibi": lambda q, k, v, bias, sinks: attn_ext.attention(q, k, v, alibi_slopes=torch.ones(4) / 3),
+    "dropout": lambda q, k, v, bias, sinks: attn_ext.attention(q, k, v, dropout_p=0.5),
+    "dropout by torch's name": lambda q, k, v, bias, sinks: attn_ext.scaled_dot_product_attention(
+        q, k, v, dropout_p=0.5, enable_gqa=True
+    ),
+    "dropout of a number": lambda q, k, v, bias, sinks: attn_ext.attention(
+        q, k, v, dropout_p=0.5, dropout_seed=3
+    ),
+    "prefix or causal": lambda q, k, v, bias, sinks: attn_ext.attention(q, k, v, mask=Prefix(3) | Causal()),
+    "segments": lambda q, k, v, bias, sinks: attn_ext.attention(q, k, v, mask=PACKED & Causal()),
+    "lse": lambda q, k, v, bias, sinks: plus_lse(attn_ext.attention(q, k, v, return_lse=True)),
+    "everything": lambda q, k, v, bias, sinks: plus_lse(
+        attn_ext.attention(
+            q,
+            k,
+            v,
+            mask=PACKED & (Prefix(3) | Causal("bottom_right")),
+            bias=bias,
+            softcap=1.5,
+            alibi_slopes=torch.ones(2, 4) / 3,
+            sinks=sinks,
+            dropout_p=0.5,
+            return_lse=True,
+        )
+    ),
+}
+
+
+def assert_same_step_of_features(actual, expected, tensors: tuple[Tensor, ...]) -> None:
+    """Output and gradients, from the same state of the generator."""
+    results = []
+    for function in (actual, expected):
+        torch.manual_seed(1)
+        copies = [tensor.detach().clone().requires_grad_() for tensor in tensors]
+        out = function(*copies)
+        out.sin().sum().backward()
+        results.append([out.detach(), *(tensor.grad for tensor in copies)])
+    assert [x is None for x in results[0]] == [x is None for x in results[1]]
+    torch.testing.assert_close(*([x for x in result if x is not None] for result in results))
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("function", FEATURES.values(), ids=FEATURES)
+def test_compile_features(function, dynamic):
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    tensors = *inputs(), torch.randn(1, 4, 5, 7), torch.randn(4)
+    assert_same_step_of_features(compiled, function, tensors)
+    if dynamic:
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            assert_same_step_of_features(compiled, function, tensors)
+
+
+@pytest.mark.parametrize("name", ["bias", "everything"])
+def test_compile_features_with_inductor(name):
+    function = FEATURES[name]
+    if name == "everything":  # whose own generator draws another seed
+        function = functools.partial(with_seed, torch.tensor(3))
+    tensors = *inputs(), torch.randn(1, 4, 5, 7), torch.randn(4)
+    assert_same_step_of_features(torch.compile(function, fullgraph=True), function, tensors)
+
+
+def with_seed(seed: Tensor, query: Tensor, key: Tensor, value: Tensor, bias: Tensor, sinks: Tensor) -> Tensor:
+    options = {"softcap": 1.5, "bias": bias, "sinks": sinks, "dropout_p": 0.5, "dropout_seed": seed}
+    mask = Prefix(3) | Causal("bottom_right")
+    return plus_lse(attn_ext.attention(query, key, value, mask=mask, **options, return_lse=True))
+
+
+def test_compiled_dropout_differs_from_call_to_call():
+    tensors = inputs(requires_grad=False)
+    for backend in ("aot_eager", "inductor"):
+        torch.compiler.reset()
+        compiled = torch.compile(
+            lambda *x: attn_ext.attention(*x, dropout_p=0.5), fullgraph=True, backend=backend
+        )
+        first, second = compiled(*tensors), compiled(*tensors)
+        assert not torch.equal(first, second)
+        torch.manual_seed(1)
+        first = compiled(*tensors)
+        torch.manual_seed(1)
+        assert torch.equal(compiled(*tensors), first)
 
 
 def test_compile_a_module_in_training():

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import attn_ext
-from attn_ext import Causal, Dense, KeyLengths
+from attn_ext import Causal, Dense, KeyLengths, Prefix, Segments, SlidingWindow
+from attn_ext._ops import Options
 
 FUNCTIONS = {"sdpa": attn_ext.scaled_dot_product_attention, "attention": attn_ext.attention}
 ARGUMENTS = ("query", "key", "value")
@@ -183,21 +184,20 @@ def test_scale_is_a_number(function, scale):
 
 
 @pytest.mark.parametrize("dropout_p", [-0.1, 1.1, float("nan")])
-def test_dropout_is_a_probability(dropout_p):
+def test_dropout_is_a_probability(function, dropout_p):
     with pytest.raises(ValueError, match=f"dropout_p must be from 0 to 1, got {dropout_p}"):
-        attn_ext.scaled_dot_product_attention(**arguments(), dropout_p=dropout_p)
+        function(**arguments(), dropout_p=dropout_p)
 
 
-@pytest.mark.parametrize("dropout_p", ["0", None])
-def test_dropout_is_a_number(dropout_p):
+@pytest.mark.parametrize("dropout_p", ["0", None, torch.tensor(0.5), [0.5], 1j])
+def test_dropout_is_a_number(function, dropout_p):
     with pytest.raises(TypeError, match=rf"dropout_p must be a float, got {type(dropout_p).__name__}"):
-        attn_ext.scaled_dot_product_attention(**arguments(), dropout_p=dropout_p)
+        function(**arguments(), dropout_p=dropout_p)
 
 
-@pytest.mark.parametrize("dropout_p", [0.1, 1])
-def test_dropout_is_not_implemented(dropout_p):
-    with pytest.raises(NotImplementedError, match=rf"dropout is not implemented.*dropout_p={dropout_p}"):
-        attn_ext.scaled_dot_product_attention(**arguments(), dropout_p=dropout_p)
+@pytest.mark.parametrize("dropout_p", [0, 0.0, 0.5, 1, 1.0])
+def test_dropout_that_is_valid(function, dropout_p):
+    assert function(**arguments(), dropout_p=dropout_p).isfinite().all()
 
 
 @pytest.mark.parametrize("bad", [0, 1, None, "yes"])
@@ -270,21 +270,121 @@ def test_mask_sizes():
             attn_ext.attention(**arguments(), mask=Causal() & KeyLengths(lengths))
 
 
-@pytest.mark.parametrize("inputs_require_grad", [False, True])
-def test_gradient_of_the_mask(inputs_require_grad):
-    tensors = {name: tensor.requires_grad_(inputs_require_grad) for name, tensor in arguments().items()}
-    mask = torch.zeros(1, 1, 5, 7, requires_grad=True)
-    calls = [
-        lambda: attn_ext.scaled_dot_product_attention(**tensors, attn_mask=mask),
-        lambda: attn_ext.scaled_dot_product_attention(**tensors, attn_mask=mask[0, 0]),
-        lambda: attn_ext.attention(**tensors, mask=Dense(mask)),
-        lambda: torch.ops.attn_ext.attention_forward(*tensors.values(), mask, None, 1.0, None, None),
-    ]
-    for call in calls:
-        with pytest.raises(NotImplementedError, match="gradient of the attention mask is not implemented"):
-            call()
-        with torch.no_grad():
-            call()
+def test_segments_sizes():
+    ids = torch.zeros(2, 7, dtype=torch.int64)
+    for bad in (ids[:, :6], ids[0, :6], torch.zeros(3, 6, dtype=torch.int64)):
+        with pytest.raises(ValueError, match=r"Segments must have query_ids of shape \(2, 5\) or \(5,\)"):
+            attn_ext.attention(**arguments(), mask=Segments(bad, ids[0]))
+        with pytest.raises(ValueError, match=r"Segments must have kv_ids of shape \(2, 7\) or \(7,\)"):
+            attn_ext.attention(**arguments(), mask=Causal() & Segments(ids[0, :5], bad))
+
+
+COMBINATIONS = {
+    "floating point": (
+        Causal() | Dense(torch.zeros(5, 7)),
+        TypeError,
+        r"masks combined with \| must be boolean, got a floating-point Dense mask",
+    ),
+    "ranges": (
+        Causal() | Prefix(1) | Prefix(2) | Prefix(3) | SlidingWindow(1, 0),
+        ValueError,
+        "a mask must let a query see at most 4 ranges of keys, got 5",
+    ),
+    "ranges of both": (
+        (Causal() | Prefix(1) | Prefix(2)) & (Causal() | Prefix(1)),
+        ValueError,
+        "a mask must let a query see at most 4 ranges of keys, got 6",
+    ),
+    "larger": (
+        Dense(torch.ones(7, dtype=torch.bool)) | Causal(),
+        NotImplementedError,
+        r"\| of a Dense mask and a mask of another kind needs a tensor of shape \(1, 1, 5, 7\)",
+    ),
+    "scattered": (
+        Segments(torch.zeros(5, dtype=torch.int64), torch.arange(7) % 2) | Causal(),
+        NotImplementedError,
+        r"Segments combined with \| must be contiguous",
+    ),
+}
+
+
+@pytest.mark.parametrize(("mask", "error", "message"), COMBINATIONS.values(), ids=COMBINATIONS)
+def test_combinations_that_are_refused(mask, error, message):
+    with pytest.raises(error, match=message):
+        attn_ext.attention(**arguments(), mask=mask)
+
+
+FLOATING = "must be float32, float64, float16 or bfloat16"
+BAD_OPTIONS = {
+    "bias": [
+        *((bad, TypeError, "must be a torch.Tensor or None, got") for bad in (1.0, [[1.0]], Causal())),
+        (torch.ones(5, 7, dtype=torch.bool), TypeError, f"{FLOATING}, got torch.bool: pass mask="),
+        (torch.ones(5, 7, dtype=torch.int64), TypeError, f"{FLOATING}, got torch.int64"),
+        *(
+            (torch.ones(shape), ValueError, r"must have 1 to 4 dimensions and .* to \(2, 3, 5, 7\)")
+            for shape in ((), (6,), (5, 6), (4, 7), (2, 5, 7), (3, 3, 5, 7), (1, 2, 3, 5, 7), (0, 3, 5, 7))
+        ),
+        (torch.ones(5, 7, device="meta"), ValueError, "must be on the device of query, cpu, got meta"),
+        (torch.ones(5, 7).to_sparse(), TypeError, "must be a dense tensor, got layout torch.sparse_coo"),
+    ],
+    "softcap": [
+        *((bad, TypeError, "must be a float or None, got") for bad in ("1", [1.0], 1j, torch.tensor(1.0))),
+        *(
+            (bad, ValueError, f"must be a finite number that is not negative, got {bad}")
+            for bad in (-1.0, float("nan"), float("inf"))
+        ),
+    ],
+    "alibi_slopes": [
+        *((bad, TypeError, "must be a torch.Tensor or None, got") for bad in (1.0, [0.1, 0.2, 0.3])),
+        *((torch.ones(3, dtype=dtype), TypeError, FLOATING) for dtype in (torch.int64, torch.bool)),
+        *(
+            (torch.ones(shape), ValueError, r"must have shape \(3,\) or \(2, 3\) or \(1, 3\), got shape")
+            for shape in ((), (1,), (2,), (3, 3), (3, 1), (1, 1, 3))
+        ),
+        (torch.ones(3, device="meta"), ValueError, "must be on the device of query, cpu, got meta"),
+        (torch.ones(3).to_sparse(), TypeError, "must be a dense tensor, got layout torch.sparse_coo"),
+        (torch.ones(3, requires_grad=True), NotImplementedError, "must not require grad"),
+    ],
+    "sinks": [
+        *((bad, TypeError, "must be a torch.Tensor or None, got") for bad in (1.0, [0.1, 0.2, 0.3])),
+        *((torch.ones(3, dtype=dtype), TypeError, FLOATING) for dtype in (torch.int64, torch.bool)),
+        *(
+            (torch.ones(shape), ValueError, r"must have shape \(3,\), got shape")
+            for shape in ((), (1,), (2,), (2, 3), (1, 3))
+        ),
+        (torch.ones(3, device="meta"), ValueError, "must be on the device of query, cpu, got meta"),
+        (torch.ones(3).to_sparse(), TypeError, "must be a dense tensor, got layout torch.sparse_coo"),
+    ],
+    "dropout_seed": [
+        *((bad, TypeError, "must be an int, a tensor or None, got") for bad in (1.0, "1", True, [1])),
+        *(
+            (torch.tensor(1, dtype=dtype), TypeError, f"must be int64, got {dtype}")
+            for dtype in (torch.int32, torch.float32, torch.bool)
+        ),
+        (torch.tensor([1]), ValueError, r"must have no dimension, got shape \(1,\)"),
+        (torch.tensor(1, device="meta"), ValueError, "must be on the device of query, cpu, got meta"),
+        *((bad, ValueError, f"must fit in 64 bits, got {bad}") for bad in (2**63, -(2**63) - 1)),
+    ],
+}
+BAD_OPTION_CASES = [(name, *case) for name, cases in BAD_OPTIONS.items() for case in cases]
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+@pytest.mark.parametrize(("name", "bad", "error", "message"), BAD_OPTION_CASES)
+def test_options_of_attention(name, bad, error, message, dropout_p):
+    with pytest.raises(error, match=f"{name} {message}"):
+        attn_ext.attention(**arguments(), **{name: bad}, dropout_p=dropout_p)
+
+
+def test_options_that_are_valid():
+    seed, slopes = torch.tensor(-(2**63)), torch.rand(2, 3)
+    for options in (
+        {"softcap": 0},
+        {"softcap": 2, "dropout_p": 1, "dropout_seed": 2**63 - 1},
+        {"alibi_slopes": slopes.half(), "sinks": slopes[0].double(), "dropout_p": 0.5, "dropout_seed": seed},
+        {"alibi_slopes": slopes[:1].t().expand(3, 2).t(), "bias": torch.zeros(1).bfloat16()},
+    ):
+        assert attn_ext.attention(**arguments(), **options).isfinite().all()
 
 
 def test_the_kernels_own_error_is_not_lost(monkeypatch):
@@ -307,13 +407,45 @@ def test_the_operator_checks_what_reaches_the_kernels(name):
         if name == "query" and len(shape) == 4 and shape[1] == 9:
             continue  # nine heads are three groups of three
         with pytest.raises(RuntimeError):
-            torch.ops.attn_ext.attention_forward(*tensors.values(), None, None, 1.0, None, None)
+            torch.ops.attn_ext.attention_forward(*tensors.values(), *Options())
 
 
-def test_errors_in_compiled_code():
+COMPILED = [
+    ("query", torch.ones(2, 3, 5, 4, dtype=torch.int64), TypeError, "must be float32"),
+    ("mask", Causal() | Dense(torch.zeros(5, 7)), TypeError, "combined with"),
+    ("mask", COMBINATIONS["ranges"][0], ValueError, "must let a query see at most 4 ranges"),
+    ("mask", COMBINATIONS["larger"][0], NotImplementedError, "of a Dense mask and a mask of another"),
+    ("dropout_p", 1.5, ValueError, "must be from 0 to 1"),
+    ("dropout_p", None, TypeError, "must be a float"),
+    *((name, *BAD_OPTIONS[name][index]) for name in BAD_OPTIONS for index in (0, -4)),
+]
+
+
+@pytest.mark.parametrize(("name", "bad", "error", "message"), COMPILED)
+def test_errors_in_compiled_code(name, bad, error, message):
     """The check runs while tracing; without fullgraph the same error arrives as in eager code."""
+    torch.compiler.reset()
+    compiled = torch.compile(attn_ext.attention, backend="eager")
+    with pytest.raises(error, match=message if name == "mask" else f"{name} {message}"):
+        compiled(**arguments(**{name: bad}))
+    torch.compiler.reset()  # forgets that the function could not be traced
+
+
+@pytest.mark.parametrize(("name", "bad", "error", "message"), COMPILED)
+def test_errors_in_fully_compiled_code(name, bad, error, message):
+    """The compiler says where it was, and quotes the error."""
+    torch.compiler.reset()
+    compiled = torch.compile(attn_ext.attention, backend="eager", fullgraph=True)
+    with pytest.raises(Exception, match=message if name == "mask" else f"{name} {message}"):
+        compiled(**arguments(**{name: bad}))
+    torch.compiler.reset()
+
+
+def test_errors_in_compiled_code_of_torchs_function():
     torch.compiler.reset()
     compiled = torch.compile(attn_ext.scaled_dot_product_attention, backend="eager")
     with pytest.raises(ValueError, match="attn_mask must be None when is_causal is True"):
         compiled(**arguments(), attn_mask=torch.ones(5, 7), is_causal=True)
-    torch.compiler.reset()  # forgets that the function could not be traced
+    with pytest.raises(ValueError, match="dropout_p must be from 0 to 1"):
+        compiled(**arguments(), dropout_p=-0.5)
+    torch.compiler.reset()

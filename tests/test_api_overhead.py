@@ -45,6 +45,9 @@ def test_submodules_load_when_they_are_named():
         lambda q, m: attn_ext.scaled_dot_product_attention(q, q[:, :1], q[:, :1], is_causal=True),
         lambda q, m: attn_ext.scaled_dot_product_attention(q[0], q[0], q[0], m[0]),
         lambda q, m: attn_ext.attention(q, q, q, mask=attn_ext.Causal() & attn_ext.Dense(m), return_lse=True),
+        lambda q, m: attn_ext.attention(q, q, q, bias=m, softcap=2.0, alibi_slopes=m[0, 0, 0, :3]),
+        lambda q, m: attn_ext.attention(q, q, q, sinks=m[0, 0, 0, :3], dropout_p=0.5, dropout_seed=1),
+        lambda q, m: attn_ext.scaled_dot_product_attention(q, q, q, m, dropout_p=0.5),
     ],
 )
 @pytest.mark.parametrize("requires_grad", [False, True])
@@ -62,7 +65,7 @@ def test_calls_without_grad_go_past_the_python_kernel(monkeypatch):
     reached = []
     monkeypatch.setattr(attn_ext._ops, "_is_differentiated", lambda *_: reached.append(1) or False)
     query = torch.randn(1, 2, 3, 4)
-    torch.ops.attn_ext.attention_forward(query, query, query, None, None, 1.0, None, None)
+    torch.ops.attn_ext.attention_forward(query, query, query, *attn_ext._ops.Options())
     assert reached == [1], "the test looks for a function that is no longer called"
     attn_ext.scaled_dot_product_attention(query, query, query)
     attn_ext.attention(query, query, query)

@@ -222,21 +222,23 @@ def test_results_have_the_memory_order_of_the_inputs(function):
     assert function(*(tensor.detach().contiguous() for tensor in tensors)).is_contiguous()
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
 @pytest.mark.parametrize("mask_shape", [(2, 1, 1, 1, 7), (5, 7), (1, 1, 2, 1, 7)])
-def test_masks_are_not_expanded(mask_shape, monkeypatch):
+def test_masks_are_not_expanded(mask_shape, dtype, monkeypatch):
     """Heads, rows and columns of size 1 reach the operator as such; so does the batch, if all of it is 1."""
     seen = []
 
-    def attend_output(query, key, value, bias, *rest):
-        seen.append(bias)
-        return torch.ops.attn_ext.attention_output(query, key, value, bias, *rest)
+    def attend_output(query, key, value, bias, mask, *rest):
+        seen.append(mask if bias is None else bias)
+        return torch.ops.attn_ext.attention_output(query, key, value, bias, mask, *rest)
 
     monkeypatch.setattr(attn_ext.functional, "attend_output", attend_output)
-    attn_ext.scaled_dot_product_attention(*inputs(*SHAPES["5-D"]), torch.ones(mask_shape, dtype=torch.bool))
-    (bias,) = seen
-    assert bias.dim() == 4
-    assert bias.shape[1:] == (1, *mask_shape)[-3:]
-    assert bias.shape[0] == (6 if mask_shape[0] == 2 else 1)
+    attn_ext.scaled_dot_product_attention(*inputs(*SHAPES["5-D"]), torch.ones(mask_shape, dtype=dtype))
+    (mask,) = seen
+    assert mask.dtype == dtype
+    assert mask.dim() == 4
+    assert mask.shape[1:] == (1, *mask_shape)[-3:]
+    assert mask.shape[0] == (6 if mask_shape[0] == 2 else 1)
 
 
 def test_leading_dimensions_are_views(monkeypatch):

@@ -7,10 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-import attn_ext  # noqa: F401, registers the operators
+from attn_ext._ops import Options
 
 forward = torch.ops.attn_ext.attention_forward.default
+output = torch.ops.attn_ext.attention_output.default
 backward = torch.ops.attn_ext.attention_backward.default
+dropout_mask = torch.ops.attn_ext.dropout_mask.default
 
 B, H, H_KV, LQ, LK, DK, DV = 2, 4, 2, 5, 7, 8, 6
 
@@ -20,11 +22,7 @@ def forward_arguments(**changes: Any) -> dict[str, Any]:
         "query": torch.randn(B, H, LQ, DK),
         "key": torch.randn(B, H_KV, LK, DK),
         "value": torch.randn(B, H_KV, LK, DV),
-        "bias": None,
-        "key_lengths": None,
-        "scale": 0.5,
-        "band_lower": None,
-        "band_upper": None,
+        **Options(scale=0.5)._asdict(),
     }
     return {**arguments, **changes}
 
@@ -38,9 +36,16 @@ def backward_arguments(**changes: Any) -> dict[str, Any]:
         "out": out,
         "lse": lse,
         "lse_residual": lse_residual,
+        "wants_grad_bias": False,
+        "wants_grad_sinks": False,
     }
     return {**arguments, **results, **changes}
 
+
+VISIBLE = torch.ones(1, 1, LQ, LK, dtype=torch.bool)
+RANGES = torch.tensor([[[[0, LK]]]])
+IDS = torch.zeros(1, LK, dtype=torch.int32)
+SEED = torch.tensor(1)
 
 BAD_FORWARD = {
     "3-D query": ({"query": torch.randn(H, LQ, DK)}, "query must have 4 dimensions"),
@@ -60,14 +65,45 @@ BAD_FORWARD = {
     "too many columns": ({"value": torch.randn(B, H_KV, LK, 1025)}, "1 to 1024 columns, got 1025"),
     "bias shape": ({"bias": torch.zeros(B, H, LQ, LK - 1)}, r"bias must broadcast to \(2, 4, 5, 7\)"),
     "bias dimensions": ({"bias": torch.zeros(LQ, LK)}, "bias must have 4 dimensions"),
-    "bias dtype": ({"bias": torch.zeros(1, 1, LQ, LK, dtype=torch.int32)}, "bias must be bool"),
-    "lengths shape": ({"key_lengths": torch.tensor([1, 2, 3])}, r"key_lengths must have shape \(2\)"),
-    "lengths dtype": ({"key_lengths": torch.tensor([1, 2], dtype=torch.int32)}, "key_lengths must be int64"),
-    "length too long": (
-        {"key_lengths": torch.tensor([1, LK + 1])},
-        r"key_lengths\[1\] must be 0 to 7, got 8",
+    "bias dtype": ({"bias": torch.zeros(1, 1, LQ, LK, dtype=torch.int32)}, "bias must be float32"),
+    "boolean bias": ({"bias": torch.ones(1, 1, LQ, LK, dtype=torch.bool)}, "bias must be float32"),
+    "mask shape": ({"mask": VISIBLE[..., :-1]}, r"mask must broadcast to \(2, 4, 5, 7\)"),
+    "mask dimensions": ({"mask": VISIBLE[0, 0]}, "mask must have 4 dimensions"),
+    "mask dtype": ({"mask": VISIBLE.float()}, "mask must have dtype bool"),
+    "sinks shape": ({"sinks": torch.zeros(H - 1)}, r"sinks must have shape \(4\)"),
+    "sinks dimensions": ({"sinks": torch.zeros(1, H)}, "sinks must have 1 dimensions"),
+    "ranges batch": ({"key_ranges": RANGES.expand(3, 1, 1, 2)}, "key_ranges must be"),
+    "ranges rows": ({"key_ranges": RANGES.expand(1, LQ + 1, 1, 2)}, "key_ranges must be"),
+    "ranges columns": ({"key_ranges": RANGES[..., :1]}, "key_ranges must be"),
+    "ranges dimensions": ({"key_ranges": RANGES[0]}, "key_ranges must"),
+    "ranges dtype": ({"key_ranges": RANGES.int()}, "key_ranges must be int64"),
+    "no ranges": ({"key_ranges": RANGES[:, :, :0]}, "key_ranges must have 1 to 4 ranges, got 0"),
+    "too many ranges": ({"key_ranges": RANGES.repeat(1, 1, 5, 1)}, "1 to 4 ranges, got 5"),
+    "range too long": ({"key_ranges": torch.tensor([[[[0, LK + 1]]]])}, "key_ranges must hold 0 to 7, got 8"),
+    "negative range": ({"key_ranges": torch.tensor([[[[-1, 2]]]])}, "key_ranges must hold 0 to 7, got -1"),
+    "query_segments alone": ({"query_segments": IDS[:, :LQ]}, "query_segments and kv_segments go together"),
+    "kv_segments alone": ({"kv_segments": IDS}, "query_segments and kv_segments go together"),
+    "segments length": ({"query_segments": IDS, "kv_segments": IDS}, "query_segments must be"),
+    "segments batch": (
+        {"query_segments": IDS[:, :LQ], "kv_segments": IDS.expand(3, LK)},
+        "kv_segments must be",
     ),
-    "negative length": ({"key_lengths": torch.tensor([-1, 1])}, r"key_lengths\[0\] must be 0 to 7, got -1"),
+    "segments dtype": (
+        {"query_segments": IDS[:, :LQ], "kv_segments": IDS.long()},
+        "kv_segments must be int32",
+    ),
+    "slopes heads": ({"alibi_slopes": torch.ones(1, H - 1)}, "alibi_slopes must be"),
+    "slopes dimensions": ({"alibi_slopes": torch.ones(H)}, "alibi_slopes must"),
+    "negative softcap": ({"softcap": -1.0}, "softcap must be finite and not negative, got -1"),
+    "infinite softcap": ({"softcap": float("inf")}, "softcap must be finite and not negative, got inf"),
+    "no seed": ({"dropout_p": 0.5}, "dropout needs a seed"),
+    "dropout": ({"dropout_p": 1.5, "dropout_seed": SEED}, "dropout_p must be from 0 to 1, got 1.5"),
+    "negative dropout": (
+        {"dropout_p": -0.5, "dropout_seed": SEED},
+        "dropout_p must be from 0 to 1, got -0.5",
+    ),
+    "seed dtype": ({"dropout_p": 0.5, "dropout_seed": SEED.int()}, "dropout_seed must be one int64"),
+    "seed dimensions": ({"dropout_p": 0.5, "dropout_seed": SEED[None]}, "dropout_seed must be one int64"),
 }
 
 BAD_BACKWARD = {
@@ -98,6 +134,30 @@ def test_forward_refuses(case: str) -> None:
     assert [x._use_count() for x in tensors] == before
 
 
+@pytest.mark.parametrize("case", BAD_FORWARD)
+def test_the_others_refuse_it_too(case: str) -> None:
+    changes, message = BAD_FORWARD[case]
+    arguments = forward_arguments(**changes)
+    accepted = [argument.name for argument in output._schema.arguments]
+    if set(changes) <= set(accepted):
+        with pytest.raises(RuntimeError, match=message):
+            output(**{name: arguments[name] for name in accepted})
+    with pytest.raises(RuntimeError, match=message):
+        backward(**backward_arguments(**changes))
+
+
+@pytest.mark.parametrize(
+    "sizes", [(-1, 1, 0, 1, 1), (1, -1, 0, 1, 1), (1, 1, -1, 1, 1), (1, 1, 2, 1, 1), (1, 1, 0, 1, -1)]
+)
+def test_dropout_mask_refuses(sizes: tuple[int, ...]) -> None:
+    with pytest.raises(RuntimeError, match="sizes must not be negative"):
+        dropout_mask(SEED, 0.5, *sizes)
+    with pytest.raises(RuntimeError, match="dropout_p must be from 0 to 1"):
+        dropout_mask(SEED, 1.5, 1, 1, 0, 1, 1)
+    with pytest.raises(RuntimeError, match="dropout_seed must be one int64"):
+        dropout_mask(SEED.double(), 0.5, 1, 1, 0, 1, 1)
+
+
 @pytest.mark.parametrize("case", BAD_BACKWARD)
 def test_backward_refuses(case: str) -> None:
     changes, message = BAD_BACKWARD[case]
@@ -112,14 +172,14 @@ def test_backward_refuses(case: str) -> None:
 def test_out_of_memory_is_an_exception() -> None:
     huge = torch.zeros(1, 1, 1, 1).expand(2**10, 2**10, 2**30, 1)
     with pytest.raises(RuntimeError, match="not enough memory"):
-        forward(huge, huge, huge, None, None, 1.0, None, None)
+        forward(huge, huge, huge, *Options())
 
 
 def test_sizes_that_overflow_are_an_exception() -> None:
     query = torch.zeros(1, 1, 1, 1).expand(2**20, 2**20, 2**22, 1)
     value = torch.zeros(1, 1, 1, 1).expand(2**20, 2**20, 1, 4)
     with pytest.raises(RuntimeError, match="not enough memory"):
-        forward(query, value[..., :1], value, None, None, 1.0, None, None)
+        forward(query, value[..., :1], value, *Options())
 
 
 @pytest.mark.parametrize("lower", [None, -(2**63), -LQ, 0, LK, 2**63 - 1])
@@ -135,7 +195,7 @@ def test_any_band_is_safe(lower: int | None, upper: int | None) -> None:
     out, lse, _ = forward(**arguments)
     expected = forward(
         **forward_arguments(
-            **{**arguments, "bias": visible[None, None], "band_lower": None, "band_upper": None}
+            **{**arguments, "mask": visible[None, None], "band_lower": None, "band_upper": None}
         )
     )
     torch.testing.assert_close(out, expected[0])
@@ -159,9 +219,11 @@ def test_results_lie_in_the_order_of_what_they_mirror(transposed: bool) -> None:
         out=out,
         lse=lse,
         lse_residual=lse_residual,
+        wants_grad_bias=False,
+        wants_grad_sinks=False,
         **arguments,
     )
-    for result in (out, *grads):
+    for result in (out, *grads[:3]):
         assert (result.transpose(1, 2) if transposed else result).is_contiguous()
     assert lse.is_contiguous()
 
@@ -179,3 +241,15 @@ def test_statistics_may_be_strided() -> None:
     expected = backward(**{**arguments, "grad_lse": torch.ones(B, H, LQ)})
     for actual, result in zip(backward(**arguments), expected, strict=True):
         torch.testing.assert_close(actual, result, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("wants_grad_sinks", [False, True])
+@pytest.mark.parametrize("wants_grad_bias", [False, True])
+def test_gradients_that_are_not_wanted_are_empty(wants_grad_bias: bool, wants_grad_sinks: bool) -> None:
+    """Those that are have the precision that sums over the batch need, whatever the dtype of the argument."""
+    options = {"bias": torch.zeros(1, H, 1, LK).half(), "sinks": torch.zeros(H).bfloat16()}
+    wants = {"wants_grad_bias": wants_grad_bias, "wants_grad_sinks": wants_grad_sinks}
+    *_, grad_bias, grad_sinks = backward(**backward_arguments(**options, **wants))
+    assert grad_bias.shape == ((1, H, 1, LK) if wants_grad_bias else (0,))
+    assert grad_sinks.shape == ((H,) if wants_grad_sinks else (0,))
+    assert (grad_bias.dtype, grad_sinks.dtype) == (torch.float32, torch.float64)

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from problems import DTYPES, assert_same_bits, make_inputs, run
+from problems import BIAS_SHAPES, DTYPES, assert_same_bits, make_inputs, run
 
 import attn_ext
 
@@ -41,6 +41,48 @@ def test_thread_counts_and_repeats(name: str, dtype: torch.dtype) -> None:
     for threads in (2, 3, 1, 3):
         torch.set_num_threads(threads)
         assert_same_bits(compute(name, dtype), expected)
+
+
+@pytest.mark.sample(
+    len(BIAS_SHAPES),
+    full=BIAS_SHAPES,
+    dtype=DTYPES,
+    bias_dtype=DTYPES,
+    sizes=((3, 4, 100, 210), (1, 4, 60, 1500), (2, 4, 1, 600)),
+    group=(1, 2, 4),
+    causal=(False, True),
+)
+def test_gradients_of_bias_and_sinks(case: SimpleNamespace) -> None:
+    """Sums over many rows, whose order must not depend on which thread computes what."""
+    batch, heads, query_len, kv_len = case.sizes
+    inputs = make_inputs(batch, heads, query_len, kv_len, 24, group=case.group, dtype=case.dtype)
+    shape = [size if full else 1 for size, full in zip(case.sizes, case.full, strict=True)]
+    options = {
+        "bias": torch.randn(shape).to(case.bias_dtype),
+        "sinks": torch.randn(heads),
+        "softcap": 5.0,
+        "dropout_p": 0.2,
+        "dropout_seed": 1,
+        "mask": attn_ext.Causal("bottom_right") if case.causal else None,
+        "grad_out": torch.randn_like(inputs[0]),
+        "grad_lse": torch.randn(batch, heads, query_len),
+    }
+    expected = run(*inputs, **options)
+    for threads in (2, 3, 1, 2):
+        torch.set_num_threads(threads)
+        assert_same_bits(run(*inputs, **options), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradient_of_a_bias_for_many_keys(dtype: torch.dtype) -> None:
+    """Long enough for the keys to be split among the threads."""
+    inputs = make_inputs(1, 1, 200, 2500, 16, dtype=dtype)
+    for shape in ((2500,), (200, 1), (200, 2500), (1,)):
+        bias = torch.randn(shape)
+        expected = run(*inputs, bias=bias)
+        for threads in (2, 1):
+            torch.set_num_threads(threads)
+            assert_same_bits(run(*inputs, bias=bias), expected)
 
 
 @pytest.mark.sample(

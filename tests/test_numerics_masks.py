@@ -1,7 +1,10 @@
-"""Causal masks, windows, key lengths and dense masks of every dtype, shape and stride, alone and together."""
+"""Masks of every kind, dense ones of every dtype, shape and stride, alone and combined."""
 
 from __future__ import annotations
 
+import statistics
+import time
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
@@ -237,3 +240,204 @@ def test_any_nonzero_byte_is_true() -> None:
     inputs = make_inputs(1, 2, 40, 70, 16)
     actual = attn_ext.attention(*inputs, mask=attn_ext.Dense(allowed.view(torch.bool)))
     assert torch.equal(actual, attn_ext.attention(*inputs, mask=attn_ext.Dense(allowed != 0)))
+
+
+# --- Prefixes, segments, unions -----------------------------------------------------------------------------
+# Masks and, beside them, what they mean: functions of the batch entry, the query and the key.
+
+BATCH = 3
+
+
+class Meaning:
+    """A mask and the pairs it should allow; `&` and `|` act on both."""
+
+    def __init__(self, mask: attn_ext.Mask, allowed: Tensor) -> None:
+        self.mask, self.allowed = mask, allowed  # (BATCH, Lq, Lk)
+
+    def __and__(self, other: Meaning) -> Meaning:
+        return Meaning(self.mask & other.mask, self.allowed & other.allowed)
+
+    def __or__(self, other: Meaning) -> Meaning:
+        return Meaning(self.mask | other.mask, self.allowed | other.allowed)
+
+
+def indices(query_len: int, kv_len: int) -> tuple[Tensor, Tensor, Tensor]:
+    entry, query, key = torch.arange(BATCH), torch.arange(query_len), torch.arange(kv_len)
+    return torch.broadcast_tensors(entry[:, None, None], query[:, None], key)
+
+
+def meanings(query_len: int, kv_len: int) -> dict[str, Meaning]:
+    b, i, j = indices(query_len, kv_len)
+    position = i + kv_len - query_len
+    lengths = torch.tensor([kv_len, kv_len // 3, 0])
+    sorted_queries, sorted_keys = torch.arange(query_len) * 4 // query_len, torch.arange(kv_len) * 4 // kv_len
+    queries, keys = torch.randint(-2, 3, (BATCH, query_len)), torch.randint(-2, 3, (BATCH, kv_len))
+    some = torch.rand(BATCH, query_len, kv_len) < 0.3
+    return {
+        "causal": Meaning(attn_ext.Causal(), j <= i),
+        "causal_end": Meaning(attn_ext.Causal("bottom_right"), j <= position),
+        "window": Meaning(attn_ext.SlidingWindow(8, 0), (i - 8 <= j) & (j <= i)),
+        "window_end": Meaning(
+            attn_ext.SlidingWindow(20, 3, "bottom_right"), (position - 20 <= j) & (j <= position + 3)
+        ),
+        "prefix_0": Meaning(attn_ext.Prefix(0), j < 0),
+        "prefix_5": Meaning(attn_ext.Prefix(5), j < 5),
+        "prefix_90": Meaning(attn_ext.Prefix(90), j < 90),
+        "prefix_all": Meaning(attn_ext.Prefix(2**40), j >= 0),
+        "lengths": Meaning(attn_ext.KeyLengths(lengths), j < lengths[b]),
+        "documents": Meaning(
+            attn_ext.Segments(sorted_queries, sorted_keys), sorted_queries[i] == sorted_keys[j]
+        ),
+        "segments": Meaning(attn_ext.Segments(queries, keys), queries[b, i] == keys[b, j]),
+        "dense": Meaning(attn_ext.Dense(some[:, None]), some),
+    }
+
+
+EXPRESSIONS = (
+    *("prefix_0", "prefix_5", "prefix_90", "prefix_all", "documents", "segments"),
+    "causal | prefix_5",
+    "causal_end | prefix_90",
+    "window | prefix_5",
+    "window | prefix_0",
+    "window_end | window",
+    "prefix_5 | prefix_90",
+    "causal | prefix_all",
+    "window | prefix_5 | window_end",
+    "window | prefix_5 | window_end | documents",
+    "window & causal | prefix_5",
+    "(causal | prefix_90) & lengths",
+    "(window | prefix_5) & causal_end",
+    "(window | prefix_5) & (window_end | prefix_90)",
+    "(window | prefix_5) & segments",
+    "(window | prefix_5) & segments & documents & lengths",
+    "(causal & documents) | prefix_5",
+    "((window | prefix_5) & lengths) | (causal & documents)",
+    "((window | prefix_5) & causal_end) | lengths & documents",
+    "segments & documents & causal",
+    "segments & prefix_90",
+    "segments & dense",
+    "dense | causal",
+    "dense | segments | window",
+    "dense & lengths | documents",
+    "(dense | window) & (causal | prefix_5) & segments",
+)
+
+
+@pytest.mark.sample(
+    2 * len(EXPRESSIONS),
+    expression=EXPRESSIONS,
+    query_len=(1, 7, 40, 64, 100, 131, 300),
+    kv_len=(5, 33, 97, 128, 200, 300, 450),
+    dtype=DTYPES,
+    group=(1, 2, 4),
+    head_dim=(8, 20, 64),
+)
+def test_expressions(case: SimpleNamespace) -> None:
+    meaning = eval(case.expression, {}, meanings(case.query_len, case.kv_len))
+    dense = meaning.mask.to_dense(BATCH, 4, case.query_len, case.kv_len)
+    assert torch.equal(dense, meaning.allowed.unsqueeze(1).expand_as(dense))
+    inputs = make_inputs(
+        *(BATCH, 4, case.query_len, case.kv_len, case.head_dim), group=case.group, dtype=case.dtype
+    )
+    check_attention(*inputs, mask=meaning.mask)
+
+
+@pytest.mark.parametrize("expression", EXPRESSIONS)
+def test_expressions_equal_boolean_masks(expression: str) -> None:
+    """Also as to what is outside: no number of a hidden key is read into a result."""
+    meaning = eval(expression, {}, meanings(131, 200))
+    boolean = attn_ext.Dense(meaning.allowed.unsqueeze(1))
+    query, key, value = make_inputs(BATCH, 2, 131, 200, 16)
+    expected = run(query, key, value, mask=boolean)
+    for name, actual in run(query, key, value, mask=meaning.mask).items():
+        torch.testing.assert_close(actual, expected[name])
+    unseen = ~meaning.allowed.any(1)[:, None, :, None]
+    key, value = (torch.where(unseen, torch.nan, t) for t in (key, value))
+    for name, actual in run(query, key, value, mask=meaning.mask).items():
+        torch.testing.assert_close(actual, expected[name])
+
+
+SEGMENTS: dict[str, Callable[[], tuple[Tensor, Tensor]]] = {
+    "sorted": lambda: (torch.arange(60) // 13, torch.arange(150) // 30),
+    "unsorted": lambda: (torch.randint(5, (60,)), torch.randint(5, (150,))),
+    "negative": lambda: (torch.randint(-3, 3, (60,)), torch.randint(-3, 3, (150,))),
+    "limits": lambda: (
+        torch.tensor([-(2**31), 2**31 - 1, 0]).repeat(20),
+        torch.tensor([2**31 - 1, -(2**31)]).repeat(75),
+    ),
+    "disjoint": lambda: (torch.zeros(60).int(), torch.ones(150).int()),
+    "each_its_own": lambda: (torch.arange(60), torch.arange(150)),
+    "per_entry": lambda: (torch.randint(3, (2, 60)), torch.randint(3, (2, 150))),
+    "per_entry_queries": lambda: (torch.randint(3, (2, 60)), torch.randint(3, (150,))),
+    "per_entry_keys": lambda: (torch.randint(3, (1, 60)), torch.randint(3, (2, 150))),
+    "small_integers": lambda: (torch.randint(3, (60,)).to(torch.int8), torch.randint(3, (150,)).short()),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", SEGMENTS)
+def test_segments(name: str, dtype: torch.dtype) -> None:
+    query_ids, kv_ids = SEGMENTS[name]()
+    mask = attn_ext.Segments(query_ids, kv_ids)
+    expected = query_ids.unsqueeze(-1) == kv_ids.unsqueeze(-2)
+    expected = expected.view(-1, 1, 60, 150).expand(2, 4, 60, 150)
+    assert torch.equal(mask.to_dense(2, 4, 60, 150), expected)
+    check_attention(*make_inputs(2, 4, 60, 150, 20, group=2, dtype=dtype), mask=mask)
+
+
+def test_segments_of_queries_and_keys_alike() -> None:
+    ids = torch.randint(3, (2, 70))
+    one, both = attn_ext.Segments(ids), attn_ext.Segments(ids, ids)
+    inputs = make_inputs(2, 2, 70, 70, 16)
+    assert torch.equal(attn_ext.attention(*inputs, mask=one), attn_ext.attention(*inputs, mask=both))
+
+
+@pytest.mark.parametrize(("query_len", "kv_len"), [(0, 5), (5, 0), (0, 0)])
+def test_segments_of_nothing(query_len: int, kv_len: int) -> None:
+    mask = attn_ext.Segments(*(torch.zeros(n, dtype=torch.int32) for n in (query_len, kv_len)))
+    check_attention(*make_inputs(2, 2, query_len, kv_len, 8), mask=mask | attn_ext.Prefix(3))
+    check_attention(*make_inputs(2, 2, query_len, kv_len, 8), mask=mask)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_documents_equal_each_alone(dtype: torch.dtype) -> None:
+    lengths = (40, 1, 100, 64, 7)
+    ids = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    inputs = make_inputs(1, 4, sum(lengths), sum(lengths), 16, group=2, dtype=dtype)
+    packed = run(*inputs, mask=attn_ext.Segments(ids) & attn_ext.Causal())
+    begin = 0
+    for length in lengths:
+        alone = run(*(t[:, :, begin : begin + length] for t in inputs), mask=attn_ext.Causal())
+        for name, expected in alone.items():
+            actual = packed[name][:, :, begin : begin + length]
+            tolerance = None if dtype.itemsize > 2 else 8 * torch.finfo(dtype).eps
+            torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+        begin += length
+
+
+def process_time(function: Callable[[], object]) -> float:
+    begin = time.process_time()
+    function()
+    return time.process_time() - begin
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_tiles_that_nothing_sees_are_skipped(backward: bool) -> None:
+    length = 4096
+    inputs = make_inputs(1, 1, length, length, 32)
+    ids = torch.arange(length) * 8 // length
+    masks = {
+        "full": None,
+        "window": attn_ext.SlidingWindow(256, 0) | attn_ext.Prefix(4),
+        "documents": attn_ext.Segments(ids),
+        "causal documents": attn_ext.Segments(ids) & attn_ext.Causal(),
+        "union of documents": attn_ext.Segments(ids) | attn_ext.Prefix(4),
+    }
+    function = run if backward else attn_ext.attention
+    times: dict[str, list[float]] = {name: [] for name in masks}
+    for _ in range(3):
+        for name, mask in masks.items():
+            times[name].append(process_time(lambda mask=mask: function(*inputs, mask=mask)))
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    for name, median in medians.items():
+        assert name == "full" or median < 0.5 * medians["full"], medians

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gc
+import math
 import os
 import subprocess
 import sys
 
 import pytest
+import torch
 from problems import DTYPES, make_inputs, run
 
 import attn_ext
@@ -45,6 +47,39 @@ def test_peak_is_linear_in_length(dtype: str, training: bool) -> None:
     assert peak < scores / 8, f"{peak / 2**20:.0f} MiB; one score matrix has {scores / 2**20:.0f} MiB"
 
 
+BIAS_SCRIPT = """
+import resource, sys, torch, attn_ext
+heads, length, *shape = map(int, sys.argv[1:])
+torch.set_num_threads(1)
+
+def step(length, shape):
+    q, k, v = (torch.randn(1, heads, length, 16, requires_grad=True) for _ in range(3))
+    bias = torch.randn(shape, requires_grad=True)
+    attn_ext.attention(q, k, v, bias=bias, softcap=9.0, dropout_p=0.1).sum().backward()
+    assert bias.grad.shape == bias.shape
+
+step(16, [min(size, 16) for size in shape])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+step(length, shape)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.parametrize("shape", [(1, 2048, 2048), (2048,), (16, 1, 2048), (16, 2048, 1), (1,)], ids=str)
+def test_gradient_of_a_bias_needs_memory_of_its_own_shape(shape: tuple[int, ...]) -> None:
+    """16 heads share a bias of 16 MiB, or one that is smaller: nothing has the 256 MiB of all scores."""
+    heads, length = 16, 2048
+    arguments = (heads, length, *shape)
+    result = subprocess.run(
+        [sys.executable, "-c", BIAS_SCRIPT, *map(str, arguments)], capture_output=True, text=True, check=True
+    )
+    peak, bias = int(result.stdout) * 1024, math.prod(shape) * 4
+    inputs = 8 * heads * length * 16 * 4  # and output, and gradients
+    # The bias, its gradient as the kernel sums it and as autograd hands it out, and scratch memory.
+    limit = 3.5 * bias + inputs + 24 * 2**20
+    assert peak < limit, f"{peak / 2**20:.0f} MiB, more than {limit / 2**20:.0f}"
+
+
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="this system has no /proc/self/statm")
 @pytest.mark.usefixtures("isa")
 def test_no_growth() -> None:
@@ -52,7 +87,9 @@ def test_no_growth() -> None:
         for number in range(count):
             dtype = DTYPES[number % len(DTYPES)]
             inputs = make_inputs(2, 4, 100, 150, 32, group=2, dtype=dtype)
-            run(*inputs, mask=attn_ext.Causal(align="bottom_right"))
+            options = {"bias": torch.randn(150), "sinks": torch.randn(4), "dropout_p": 0.1}
+            options |= {"softcap": 9.0, "alibi_slopes": torch.rand(4)}
+            run(*inputs, mask=attn_ext.Causal(align="bottom_right"), **(options if number % 2 else {}))
         gc.collect()
 
     step(40)

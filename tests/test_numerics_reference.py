@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -99,6 +100,70 @@ def test_a_gradient_off_by_five_percent_is_noticed(monkeypatch, wrong: int, dtyp
     monkeypatch.setattr(attn_ext, "attention", scaled_gradient)
     with pytest.raises(AssertionError, match=("grad_query", "grad_key", "grad_value")[wrong]):
         testing.check_attention(*inputs)
+
+
+def every_option(dtype: torch.dtype) -> dict[str, Any]:
+    """Options for 4 heads, 40 queries and 60 keys."""
+    return {
+        "mask": attn_ext.Dense(torch.randn(4, 40, 60).to(dtype).requires_grad_()),
+        "bias": torch.randn(2, 1, 1, 60),
+        "softcap": 2.0,
+        "alibi_slopes": torch.rand(4) / 8,
+        "sinks": torch.randn(4),
+        "dropout_p": 0.2,
+        "dropout_seed": 1,
+    }
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        {"mask": None},
+        {"bias": None},
+        {"softcap": 2.2},
+        {"softcap": None},
+        {"alibi_slopes": None},
+        {"sinks": None},
+        {"dropout_p": 0.3},
+        {"dropout_seed": 2},
+    ],
+    ids=str,
+)
+def test_wrong_options_are_noticed(monkeypatch, mistake: dict[str, Any], dtype: torch.dtype) -> None:
+    inputs, options = make_inputs(2, 4, 40, 60, 32, group=2, dtype=dtype), every_option(dtype)
+    testing.check_attention(*inputs, **options)
+    right = attn_ext.attention
+    monkeypatch.setattr(attn_ext, "attention", lambda *a, **call: right(*a, **{**call, **mistake}))
+    with pytest.raises(AssertionError, match="out"):
+        testing.check_attention(*inputs, **options, grad=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("wrong", ["query", "key", "value", "mask", "bias", "sinks"])
+def test_a_gradient_off_by_five_percent_is_noticed_with_every_option(
+    monkeypatch, wrong: str, dtype: torch.dtype
+) -> None:
+    inputs, options = make_inputs(2, 4, 40, 60, 32, group=2, dtype=dtype), every_option(dtype)
+    right = attn_ext.attention
+
+    def scaled(tensor: torch.Tensor) -> torch.Tensor:
+        tensor = tensor * 1.0
+        tensor.register_hook(lambda grad: grad * 1.05)
+        return tensor
+
+    def scaled_gradient(*tensors, **call):
+        tensors = dict(zip(("query", "key", "value"), tensors, strict=True))
+        if wrong == "mask":
+            call["mask"] = attn_ext.Dense(scaled(call["mask"].tensor))
+        else:
+            where = tensors if wrong in tensors else call
+            where[wrong] = scaled(where[wrong])
+        return right(*tensors.values(), **call)
+
+    monkeypatch.setattr(attn_ext, "attention", scaled_gradient)
+    with pytest.raises(AssertionError, match=f"grad_{wrong}"):
+        testing.check_attention(*inputs, **options)
 
 
 def test_rule_grants_no_tolerance_where_plain_overflows() -> None:

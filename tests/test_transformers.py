@@ -32,6 +32,22 @@ DECODERS: dict[str, dict[str, Any]] = {
         "v_head_dim": 6,
         "first_k_dense_replace": 2,
     },
+    "Gemma2": {
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "query_pre_attn_scalar": 8,
+        "attn_logit_softcapping": 2.0,
+        "sliding_window": 5,
+    },
+    "GptOss": {
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "sliding_window": 5,
+        "num_local_experts": 2,
+        "num_experts_per_tok": 2,
+        "experts_implementation": "eager",  # the only one that takes float64
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+    },
 }
 ENCODERS: dict[str, dict[str, Any]] = {
     "Bert": {"attention_probs_dropout_prob": 0.0, "hidden_dropout_prob": 0.0},
@@ -68,9 +84,12 @@ def make_model(name: str, head: str = "", implementation: str = "attn_ext", **op
     model = getattr(transformers, name + (head or HEADS.get(name, "ForCausalLM")))._from_config(
         config, attn_implementation=implementation
     )
-    for parameter in model.parameters():
-        if parameter.dim() > 1:  # larger than models start with, so that attention is far from uniform
+    # Larger than models start with, so that attention is far from uniform, and sinks from each other.
+    for parameter_name, parameter in model.named_parameters():
+        if parameter.dim() > 1:
             parameter.data.normal_(std=0.3)
+        elif parameter_name.endswith("sinks"):
+            parameter.data.normal_()
     return model.double().eval()
 
 
@@ -121,8 +140,16 @@ def calls(registered: None) -> Iterator[list[dict[str, Any]]]:
     register()
 
 
+def set_implementation(model: Any, implementation: str) -> None:
+    """In all parts: the method of a T5 does not reach its encoder and decoder, whose configs are copies."""
+    for part in model.modules():
+        if isinstance(part, transformers.PreTrainedModel):
+            part.set_attn_implementation(implementation)
+            assert part.config._attn_implementation == implementation
+
+
 def run(model: Any, implementation: str, inputs: dict[str, Tensor], **options: Any) -> Any:
-    model.set_attn_implementation(implementation)
+    set_implementation(model, implementation)
     return model(**inputs, **options)
 
 
@@ -134,9 +161,6 @@ def assert_equal(actual: Tensor, expected: Tensor) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_and_gradients_equal_eager(name: str, padding: str) -> None:
     model = make_model(name, **MODELS[name])
-    if name == "T5":  # the gradient of its position bias is not available
-        for parameter_name, parameter in model.named_parameters():
-            parameter.requires_grad_("relative_attention_bias" not in parameter_name)
     check(model)
     inputs, is_token = make_inputs(name, padding)
     results = {}
@@ -144,10 +168,14 @@ def test_logits_and_gradients_equal_eager(name: str, padding: str) -> None:
         model.zero_grad()
         logits = run(model, implementation, inputs).logits[is_token]
         logits.square().mean().backward()
-        results[implementation] = logits, {k: p.grad for k, p in model.named_parameters() if p.requires_grad}
+        results[implementation] = logits, {k: p.grad for k, p in model.named_parameters()}
     assert_equal(results["attn_ext"][0], results["eager"][0])
     for parameter_name, expected in results["eager"][1].items():
         assert_equal(results["attn_ext"][1][parameter_name], expected)
+    of_scores = [k for k in results["eager"][1] if "relative_attention_bias" in k or k.endswith("sinks")]
+    assert len(of_scores) == (2 if name in ("T5", "GptOss") else 0)
+    for parameter_name in of_scores:
+        assert results["eager"][1][parameter_name].abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
@@ -165,7 +193,8 @@ def test_generation_equals_eager(name: str, padding: str, cache: str, calls: lis
     }
     generated = {}
     for implementation in ("eager", "attn_ext"):
-        model.set_attn_implementation(implementation)
+        set_implementation(model, implementation)
+        assert not calls
         generated[implementation] = model.generate(
             **inputs, **options, cache_implementation=cache, decoder_start_token_id=1
         )
@@ -225,13 +254,13 @@ def test_masks_of_the_caller_are_used() -> None:
     assert_equal(run(model, "attn_ext", inputs).logits, run(model, "eager", inputs).logits)
 
 
-@pytest.mark.parametrize("name", ["Llama", "Bart"])
+@pytest.mark.parametrize("name", ["Llama", "Gemma2", "Bart"])
 def test_keys_are_not_repeated_and_outputs_not_copied(name: str, calls: list[dict[str, Any]]) -> None:
     model = make_model(name, **MODELS[name])
     run(model, "attn_ext", make_inputs(name, "none")[0])
-    assert {call["key"].shape[1] for call in calls} == {2 if name == "Llama" else 4}
+    assert {call["key"].shape[1] for call in calls} == {4 if name == "Bart" else 2}
     for call in calls:
-        arguments = {k: call[k] for k in ("query", "key", "value", "scaling")}
+        arguments = {k: call.get(k) for k in ("query", "key", "value", "scaling", "softcap")}
         with (
             torch.no_grad(),
             torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile,
@@ -269,26 +298,45 @@ def test_missing_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
             call()
 
 
+def train(model: Any, inputs: dict[str, Tensor], seed: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """Logits, and gradients of all parameters, of a step from this seed."""
+    torch.manual_seed(seed)
+    model.zero_grad()
+    logits = model(**inputs, use_cache=False).logits
+    logits.square().mean().backward()
+    return logits.detach(), {k: p.grad for k, p in model.named_parameters() if p.grad is not None}
+
+
 @pytest.mark.parametrize(
-    ("name", "argument", "options"),
+    ("name", "option"),
     [
-        ("Gemma2", "softcap", {"num_key_value_heads": 2, "head_dim": 8}),
-        ("GptOss", "s_aux", {"num_key_value_heads": 2, "head_dim": 8, "num_local_experts": 2}),
+        ("Llama", "attention_dropout"),
+        ("Bert", "attention_probs_dropout_prob"),
+        ("GptOss", "attention_dropout"),
+        ("T5", "dropout_rate"),
     ],
 )
-def test_models_that_need_more_raise(name: str, argument: str, options: dict[str, Any]) -> None:
-    model = make_model(name, **options)
-    check(model)
-    with pytest.raises(NotImplementedError, match=f"{argument} is not implemented"):
-        model(**make_inputs(name, "none")[0])
+def test_training_with_dropout(name: str, option: str, calls: list[dict[str, Any]]) -> None:
+    model = make_model(name, **MODELS[name] | {option: 0.5}).train()
+    inputs, _ = make_inputs(name, "right")
+    logits, gradients = train(model, inputs, seed=3)
+    assert {call["dropout"] for call in calls} == {0.5}
+    assert all(gradient.isfinite().all() for gradient in gradients.values())
+    assert torch.equal(train(model, inputs, seed=3)[0], logits)
+    assert not torch.allclose(train(model, inputs, seed=4)[0], logits)
 
+    count = len(calls) // 3
+    model.gradient_checkpointing_enable()
+    again, checkpointed = train(model, inputs, seed=3)
+    assert len(calls) == (3 + 2) * count
+    assert torch.equal(again, logits)
+    assert checkpointed.keys() == gradients.keys()
+    for parameter_name, gradient in gradients.items():
+        assert_equal(checkpointed[parameter_name], gradient)
 
-def test_training_with_dropout_or_a_position_bias_raises() -> None:
-    with pytest.raises(NotImplementedError, match=r"dropout=0\.1: set the attention dropout"):
-        make_model("Bert").train()(**make_inputs("Bert", "none")[0])
-    model = make_model("T5", **ENCODER_DECODERS["T5"]).train()
-    with pytest.raises(NotImplementedError, match="the gradient of position_bias is not implemented"):
-        model(**make_inputs("T5", "none")[0])
+    calls.clear()
+    model.eval()(**inputs)
+    assert {call["dropout"] for call in calls} == {0.0}
 
 
 @pytest.mark.parametrize(
@@ -308,6 +356,16 @@ def test_check_looks_at_each_part() -> None:
     with pytest.raises(NotImplementedError, match="LongformerModel computes its attention itself"):
         check(model)
     encoder.config._attn_implementation = "eager"
+    check(model)
+
+
+def test_check_rejects_parts_that_were_not_reached() -> None:
+    model = make_model("T5", implementation="eager", **MODELS["T5"])
+    model.set_attn_implementation("attn_ext")
+    assert model.config._attn_implementation == "attn_ext"
+    with pytest.raises(ValueError, match=r"parts of T5ForConditionalGeneration .*'eager' in T5Stack"):
+        check(model)
+    set_implementation(model, "attn_ext")
     check(model)
 
 

@@ -6,7 +6,7 @@
     model = AutoModel.from_pretrained(path, attn_implementation="attn_ext")
     check(model)
 
-docs/transformers.md states what is computed, and what is not yet.
+docs/transformers.md states what is computed, and what is not.
 """
 
 from __future__ import annotations
@@ -32,8 +32,9 @@ _REGISTRY = "ALL_ATTENTION_FUNCTIONS"
 def register(name: str = "attn_ext") -> str:
     """Makes `attn_implementation=name` run a model's attention through attn_ext.
 
-    Works for models loaded or made afterwards, and for others with `model.set_attn_implementation(name)`.
-    Some models write out their own attention and accept any name in silence: call `check(model)` once.
+    Works for models loaded or made afterwards, and for others with `model.set_attn_implementation(name)`,
+    which does not reach the encoder and decoder of a T5. Some models write out their own attention and accept
+    any name in silence. So call `check(model)` once.
 
     May be called any number of times, and with several names.
 
@@ -87,6 +88,8 @@ def attention_forward(
 ) -> tuple[Tensor, Tensor | None]:
     """What transformers calls for attention.
 
+    The weights are the softmax of softcap * tanh(query @ key^T * scaling / softcap) + position_bias + mask.
+
     A mask says all there is to say about which keys are visible. Without one, several queries are causal,
     aligned top-left, if `is_causal`, or else `module.is_causal`, says so; a single query sees all keys; and
     `sliding_window` bounds how far a query sees, as it does for transformers' flash attention.
@@ -98,41 +101,42 @@ def attention_forward(
         value: (B, Hkv, S, Dv), likewise.
         attention_mask: None, or broadcastable to (B, Hq, L, S): bool (True = attend) or added to the scores.
         scaling: factor of the scores, 1 / sqrt(Dk) by default.
-        dropout: 0.
+        dropout: probability with which a weight becomes 0; the others are multiplied by 1 / (1 - dropout).
+            Applied whatever module.training is: models pass 0 in evaluation. Which weights is decided by
+            torch's generator, so that a checkpointed layer, run again, drops the same.
         is_causal: overrides that of module.
         sliding_window: a query sees the keys less than this far away, itself included.
-        softcap, s_aux, indices, block_indices: None.
-        position_bias: added to the scores, broadcastable to (B, Hq, L, S); must not require grad.
-        output_attentions: also return the weights, for which memory of B Hq L S is needed.
+        softcap: bounds the scores as above; None or 0: they stay.
+        s_aux: (Hq,), of any of the four dtypes: the logit of one more key for each head, whose value is 0.
+        position_bias: broadcastable to (B, Hq, L, S), of any of the four dtypes.
+        indices, block_indices: None.
+        output_attentions: also return the weights, before dropout and without the column of s_aux, for which
+            memory of B Hq L S is needed.
         kwargs: what concerns other implementations, and is not read.
 
     Returns:
-        out (B, L, Hq, Dv), contiguous, and the weights (B, Hq, L, S) or None. Both are differentiable.
+        out (B, L, Hq, Dv), contiguous, and the weights (B, Hq, L, S) or None. Both are differentiable, in
+        attention_mask, s_aux and position_bias too.
 
     Raises:
         TypeError: a dtype does not fit.
-        ValueError: a shape does not fit.
-        NotImplementedError: dropout > 0, an argument that must be None is not, or attention_mask or
-            position_bias requires grad.
+        ValueError: a shape does not fit, or a number is out of range.
+        NotImplementedError: indices or block_indices is not None.
     """
-    _reject_dropout(dropout)
-    _reject_given(softcap=softcap, s_aux=s_aux, indices=indices, block_indices=block_indices)
-    _reject_gradients(attention_mask=attention_mask, position_bias=position_bias)
+    _reject_given(indices=indices, block_indices=block_indices)
     if attention_mask is not None:
         mask: Mask | None = Dense(attention_mask)
     else:
         if is_causal is None:
             is_causal = getattr(module, "is_causal", True)
         mask = _implied_mask(bool(query.shape[2] > 1 and is_causal), sliding_window)
-    if position_bias is not None:
-        mask = Dense(position_bias) if mask is None else mask & Dense(position_bias)
 
-    out = attention(query, key, value, mask=mask, scale=scaling).transpose(1, 2).contiguous()
+    scores = {"mask": mask, "bias": position_bias, "scale": scaling, "softcap": softcap, "sinks": s_aux}
+    out = attention(query, key, value, **scores, dropout_p=dropout).transpose(1, 2).contiguous()
     if not output_attentions:
         return out, None
     dtype = torch.promote_types(query.dtype, torch.float32)
-    weights = attention_weights(query, key, mask=mask, scale=scaling, dtype=dtype)
-    return out, weights.to(query.dtype)
+    return out, attention_weights(query, key, **scores, dtype=dtype).to(query.dtype)
 
 
 def check(model: torch.nn.Module) -> None:
@@ -148,7 +152,7 @@ def check(model: torch.nn.Module) -> None:
 
     Raises:
         TypeError: model is not a transformers model.
-        ValueError: model is not configured to attn_ext.
+        ValueError: model, or every part of it that has attention, is not configured to attn_ext.
         NotImplementedError: model, or a part of it that has attention, never calls the implementation.
         ImportError: transformers 5 is not installed.
     """
@@ -168,11 +172,20 @@ def check(model: torch.nn.Module) -> None:
     # The base class of all models, which keeps the registry, is no evidence.
     common = set(PreTrainedModel.__mro__)
     for part in configured:
-        classes = {type(module) for module in part.modules()}
+        modules, others = _split_by_configuration(part)
+        classes = {type(module) for module in modules}
         if any(map(_asks_for_implementation, {base for cls in classes for base in cls.__mro__} - common)):
             continue
+        has_attention = any("Attention" in cls.__name__ for cls in classes)
+        if part is model and others and not has_attention:
+            raise ValueError(
+                f"the parts of {type(part).__name__} must be configured to attn_ext, got attn_implementation="
+                f"{others[0].config._attn_implementation!r} in {type(others[0]).__name__}, which "
+                "model.set_attn_implementation may not reach: pass attn_implementation when it is made, "
+                "or call the method of each part"
+            )
         # A part of a model, such as a convolutional backbone, may have no attention at all.
-        if part is model or any("Attention" in cls.__name__ for cls in classes):
+        if part is model or has_attention:
             raise NotImplementedError(
                 f"{type(part).__name__} computes its attention itself and never calls an attention "
                 f"implementation: attn_implementation={part.config._attn_implementation!r} has no effect"
@@ -188,27 +201,10 @@ def _require_transformers() -> None:
         ) from error
 
 
-def _reject_dropout(dropout: float) -> None:
-    if dropout > 0:
-        raise NotImplementedError(
-            f"dropout is not implemented in this release, got dropout={dropout}: set the attention dropout "
-            "of the model's config to 0, or call model.eval()"
-        )
-
-
 def _reject_given(**arguments: Any) -> None:
     for name, argument in arguments.items():
         if argument is not None:
             raise NotImplementedError(f"{name} is not implemented in this release")
-
-
-def _reject_gradients(**tensors: Tensor | None) -> None:
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
-            raise NotImplementedError(
-                f"the gradient of {name} is not implemented in this release: run the model under "
-                "torch.no_grad(), or freeze the parameters that it comes from"
-            )
 
 
 def _implied_mask(is_causal: bool, sliding_window: int | None) -> Mask | None:
@@ -227,6 +223,23 @@ def _runs_attn_ext(name: str | None) -> bool:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     return ALL_ATTENTION_FUNCTIONS.get(name) is attention_forward
+
+
+def _split_by_configuration(part: Any) -> tuple[list[torch.nn.Module], list[Any]]:
+    """The modules of a part that its configuration is for, and the outermost parts in it with another."""
+    from transformers import PreTrainedModel
+
+    modules: list[torch.nn.Module] = []
+    others: list[Any] = []
+    pending = [part]
+    while pending:
+        module = pending.pop()
+        if isinstance(module, PreTrainedModel) and not _runs_attn_ext(module.config._attn_implementation):
+            others.append(module)
+        else:
+            modules.append(module)
+            pending.extend(module.children())
+    return modules, others
 
 
 def _asks_for_implementation(cls: type) -> bool:

@@ -6,6 +6,7 @@
 
 #include "bindings/tensor.h"
 #include "bindings/torch_executor.h"
+#include "core/dropout.h"
 #include "cpu/kernel_table.h"
 
 namespace attn_ext::bindings {
@@ -20,6 +21,8 @@ class Arguments {
   Tensor tensor() { return Tensor(take<AtenTensorHandle>()); }
   Tensor optional_tensor() { return Tensor(take<std::optional<AtenTensorHandle>>().value_or(nullptr)); }
   double number() { return take<double>(); }
+  int64_t integer() { return take<int64_t>(); }
+  bool flag() { return take<bool>(); }
   std::optional<int64_t> optional_int() { return take<std::optional<int64_t>>(); }
 
  private:
@@ -90,105 +93,179 @@ AttentionShape checked_shape(const Tensor& query, const Tensor& key, const Tenso
   return shape;
 }
 
-void set_bias(MaskParams& mask, const Tensor& bias, const AttentionShape& shape) {
-  check_cpu(bias, "bias");
-  check_dim(bias, "bias", 4);
+// The shape of (batch, heads, query_len, kv_len), any of it 1.
+void check_broadcasts(const Tensor& tensor, const char* name, const AttentionShape& shape) {
+  check_cpu(tensor, name);
+  check_dim(tensor, name, 4);
   const int64_t full[4] = {shape.batch, shape.heads, shape.query_len, shape.kv_len};
   for (int d = 0; d < 4; ++d)
-    STD_TORCH_CHECK(bias.size(d) == 1 || bias.size(d) == full[d], "bias must broadcast to ",
-                    shape_string(full, 4), ", got ", shape_string(bias));
-  int dtype = 0;
-  while (dtype < kDTypes && !bias.is(static_cast<DType>(dtype))) ++dtype;
-  STD_TORCH_CHECK(dtype < kDTypes, "bias must be bool, float32, float64, float16 or bfloat16");
-  mask.bias = broadcast_view(bias);
-  mask.bias_dtype = static_cast<DType>(dtype);
+    STD_TORCH_CHECK(tensor.size(d) == 1 || tensor.size(d) == full[d], name, " must broadcast to ", shape_string(full, 4),
+                    ", got ", shape_string(tensor));
 }
 
-void set_key_lengths(MaskParams& mask, Tensor& key_lengths, const AttentionShape& shape) {
-  check_cpu(key_lengths, "key_lengths");
-  STD_TORCH_CHECK(key_lengths.dtype_code() == aoti_torch_dtype_int64(), "key_lengths must be int64");
-  check_shape(key_lengths, "key_lengths", {shape.batch});
-  key_lengths = contiguous(std::move(key_lengths));
-  const auto* lengths = static_cast<const int64_t*>(key_lengths.data());
-  for (int64_t b = 0; b < shape.batch; ++b)
-    STD_TORCH_CHECK(0 <= lengths[b] && lengths[b] <= shape.kv_len, "key_lengths[", b, "] must be 0 to ", shape.kv_len,
-                    ", got ", lengths[b]);
-  mask.key_lengths = lengths;
+// (batch or 1, length)
+void check_rows(const Tensor& tensor, const char* name, int64_t batch, int64_t length) {
+  check_cpu(tensor, name);
+  check_dim(tensor, name, 2);
+  STD_TORCH_CHECK((tensor.size(0) == 1 || tensor.size(0) == batch) && tensor.size(1) == length, name, " must be (",
+                  batch, " or 1, ", length, "), got ", shape_string(tensor));
 }
 
-MaskParams checked_mask(const Tensor& bias, Tensor& key_lengths, std::optional<int64_t> band_lower,
-                        std::optional<int64_t> band_upper, const AttentionShape& shape) {
-  MaskParams mask;
-  if (bias) set_bias(mask, bias, shape);
-  if (key_lengths) set_key_lengths(mask, key_lengths, shape);
-  mask.band_lower = band_lower.value_or(MaskParams::no_lower);
-  mask.band_upper = band_upper.value_or(MaskParams::no_upper);
-  return mask;
+MaskParams::KeyRanges checked_key_ranges(Tensor& ranges, const AttentionShape& shape) {
+  check_cpu(ranges, "key_ranges");
+  STD_TORCH_CHECK(ranges.dtype_code() == aoti_torch_dtype_int64(), "key_ranges must be int64");
+  check_dim(ranges, "key_ranges", 4);
+  const int64_t batch = ranges.size(0), rows = ranges.size(1), count = ranges.size(2);
+  STD_TORCH_CHECK((batch == 1 || batch == shape.batch) && (rows == 1 || rows == shape.query_len) && ranges.size(3) == 2,
+                  "key_ranges must be (", shape.batch, " or 1, ", shape.query_len, " or 1, n, 2), got ", shape_string(ranges));
+  STD_TORCH_CHECK(1 <= count && count <= kMaxKeyRanges, "key_ranges must have 1 to ", kMaxKeyRanges, " ranges, got ", count);
+  ranges = contiguous(std::move(ranges));
+  const auto* data = static_cast<const int64_t*>(ranges.data());
+  for (int64_t i = 0; i < 2 * batch * rows * count; ++i)
+    STD_TORCH_CHECK(0 <= data[i] && data[i] <= shape.kv_len, "key_ranges must hold 0 to ", shape.kv_len, ", got ", data[i]);
+  return {data, batch == 1 ? 0 : 2 * rows * count, rows == 1 ? 0 : 2 * count, static_cast<int>(count)};
 }
 
-// The arguments that attention_forward and attention_output share, checked.
-struct ForwardCall {
-  Tensor query, key, value, bias, key_lengths;
-  ForwardParams params;
+MaskParams::SegmentIds checked_segments(Tensor& ids, const char* name, int64_t batch, int64_t length) {
+  check_rows(ids, name, batch, length);
+  STD_TORCH_CHECK(ids.dtype_code() == aoti_torch_dtype_int32(), name, " must be int32");
+  ids = contiguous(std::move(ids));
+  return {static_cast<const int32_t*>(ids.data()), ids.size(0) == 1 ? 0 : length};
+}
 
-  explicit ForwardCall(StableIValue* stack) {
-    Arguments arguments(stack);
+// What forward and backward share, in the order of the schemas.  Owns what the params point to.
+struct Inputs {
+  Tensor query, key, value, bias, sinks, mask, key_ranges, query_segments, kv_segments, alibi_slopes, dropout_seed;
+
+  void take_tensors(Arguments& arguments) {
     query = arguments.tensor(), key = arguments.tensor(), value = arguments.tensor();
-    bias = arguments.optional_tensor(), key_lengths = arguments.optional_tensor();
-    params.scale = arguments.number();
-    const auto band_lower = arguments.optional_int(), band_upper = arguments.optional_int();
-    params.dtype = compute_dtype(query);
-    params.shape = checked_shape(query, key, value, params.dtype);
-    params.mask = checked_mask(bias, key_lengths, band_lower, band_upper, params.shape);
   }
-  // Fills and returns out.
-  Tensor run() {
-    const AttentionShape& shape = params.shape;
-    Tensor out = empty_in_order_of(query, {shape.batch, shape.heads, shape.query_len, shape.value_dim});
-    for (auto [tensor, view] : {std::pair{&query, &params.query}, std::pair{&key, &params.key}, std::pair{&value, &params.value}}) {
+  void take_options(Arguments& arguments) {
+    bias = arguments.optional_tensor(), sinks = arguments.optional_tensor(), mask = arguments.optional_tensor();
+    key_ranges = arguments.optional_tensor(), query_segments = arguments.optional_tensor();
+    kv_segments = arguments.optional_tensor(), alibi_slopes = arguments.optional_tensor();
+    dropout_seed = arguments.optional_tensor();
+  }
+  void check(AttentionParams& p) {
+    p.dtype = compute_dtype(query);
+    p.shape = checked_shape(query, key, value, p.dtype);
+    const AttentionShape& shape = p.shape;
+    if (bias) {
+      check_broadcasts(bias, "bias", shape);
+      int dtype = 0;
+      while (dtype < kComputeDTypes && !bias.is(static_cast<DType>(dtype))) ++dtype;
+      STD_TORCH_CHECK(dtype < kComputeDTypes, "bias must be float32, float64, float16 or bfloat16");
+      p.score.bias = broadcast_view(bias);
+      p.score.bias_dtype = static_cast<DType>(dtype);
+    }
+    if (mask) {
+      check_broadcasts(mask, "mask", shape);
+      check_dtype(mask, "mask", DType::boolean, "dtype bool");
+      p.mask.dense = broadcast_view(mask);
+    }
+    if (key_ranges) p.mask.key_ranges = checked_key_ranges(key_ranges, shape);
+    STD_TORCH_CHECK(static_cast<bool>(query_segments) == static_cast<bool>(kv_segments),
+                    "query_segments and kv_segments go together");
+    if (query_segments) {
+      p.mask.query_segments = checked_segments(query_segments, "query_segments", shape.batch, shape.query_len);
+      p.mask.kv_segments = checked_segments(kv_segments, "kv_segments", shape.batch, shape.kv_len);
+    }
+    if (alibi_slopes) {
+      check_rows(alibi_slopes, "alibi_slopes", shape.batch, shape.heads);
+      alibi_slopes = contiguous(converted(std::move(alibi_slopes), DType::float64));
+      p.score.alibi_slopes = static_cast<const double*>(alibi_slopes.data());
+      p.score.alibi_stride_batch = alibi_slopes.size(0) == 1 ? 0 : shape.heads;
+    }
+    if (sinks) {
+      check_cpu(sinks, "sinks");
+      check_shape(sinks, "sinks", {shape.heads});
+      sinks = contiguous(converted(std::move(sinks), DType::float64));
+      p.score.sinks = static_cast<const double*>(sinks.data());
+    }
+  }
+  void set_numbers(Arguments& arguments, AttentionParams& p) {
+    p.score.scale = arguments.number();
+    p.score.softcap = arguments.number();
+    const double dropout_p = arguments.number();
+    const auto band_lower = arguments.optional_int(), band_upper = arguments.optional_int();
+    p.mask.band_lower = band_lower.value_or(MaskParams::no_lower);
+    p.mask.band_upper = band_upper.value_or(MaskParams::no_upper);
+    STD_TORCH_CHECK(0 <= p.score.softcap && p.score.softcap <= std::numeric_limits<double>::max(),
+                    "softcap must be finite and not negative, got ", p.score.softcap);
+    if (dropout_p != 0) p.dropout = checked_dropout(dropout_p, dropout_seed);
+  }
+  static DropoutParams checked_dropout(double p, const Tensor& seed) {
+    STD_TORCH_CHECK(0 <= p && p <= 1, "dropout_p must be from 0 to 1, got ", p);
+    STD_TORCH_CHECK(static_cast<bool>(seed), "dropout needs a seed");
+    check_cpu(seed, "dropout_seed");
+    STD_TORCH_CHECK(seed.dtype_code() == aoti_torch_dtype_int64() && seed.dim() == 0, "dropout_seed must be one int64");
+    return DropoutParams::of(p, static_cast<uint64_t>(*static_cast<const int64_t*>(seed.data())));
+  }
+  void set_views(AttentionParams& p) {
+    for (auto [tensor, view] : {std::pair{&query, &p.query}, std::pair{&key, &p.key}, std::pair{&value, &p.value}}) {
       *tensor = with_adjacent_columns(std::move(*tensor));
       *view = const_view(*tensor);
     }
-    params.out = view(out);
-    cpu::kernel_table().forward[static_cast<int>(params.dtype)](params, torch_executor());
-    return out;
   }
 };
 
-// attention_forward(query, key, value, bias?, key_lengths?, scale, band_lower?, band_upper?) -> (out, lse, lse_residual)
+// Fills and returns out.
+Tensor run_forward(Inputs& inputs, ForwardParams& params) {
+  const AttentionShape& shape = params.shape;
+  Tensor out = empty_in_order_of(inputs.query, {shape.batch, shape.heads, shape.query_len, shape.value_dim});
+  inputs.set_views(params);
+  params.out = view(out);
+  cpu::kernel_table().forward[static_cast<int>(params.dtype)](params, torch_executor());
+  return out;
+}
+
 void attention_forward(StableIValue* stack, uint64_t, uint64_t) {
-  ForwardCall call(stack);
-  const AttentionShape& shape = call.params.shape;
-  const int64_t rows[3] = {shape.batch, shape.heads, shape.query_len};
-  const int32_t statistics = torch_dtype(statistics_dtype(call.params.dtype));
+  Arguments arguments(stack);
+  Inputs inputs;
+  ForwardParams params;
+  inputs.take_tensors(arguments);
+  inputs.take_options(arguments);
+  inputs.set_numbers(arguments, params);
+  inputs.check(params);
+  const int64_t rows[3] = {params.shape.batch, params.shape.heads, params.shape.query_len};
+  const int32_t statistics = torch_dtype(statistics_dtype(params.dtype));
   Tensor lse = empty(rows, {0, 1, 2}, statistics), lse_residual = empty(rows, {0, 1, 2}, statistics);
-  call.params.lse = lse.data();
-  call.params.lse_residual = lse_residual.data();
-  Tensor out = call.run();
+  params.lse = lse.data();
+  params.lse_residual = lse_residual.data();
+  Tensor out = run_forward(inputs, params);
   give(stack, out, lse, lse_residual);
 }
 
-// attention_output(query, key, value, bias?, key_lengths?, scale, band_lower?, band_upper?) -> out
+// The usual inference: fewer arguments and results take a small call less time.
 void attention_output(StableIValue* stack, uint64_t, uint64_t) {
-  Tensor out = ForwardCall(stack).run();
+  Arguments arguments(stack);
+  Inputs inputs;
+  ForwardParams params;
+  inputs.take_tensors(arguments);
+  inputs.bias = arguments.optional_tensor(), inputs.mask = arguments.optional_tensor();
+  inputs.key_ranges = arguments.optional_tensor();
+  params.score.scale = arguments.number();
+  params.mask.band_lower = arguments.optional_int().value_or(MaskParams::no_lower);
+  params.mask.band_upper = arguments.optional_int().value_or(MaskParams::no_upper);
+  inputs.check(params);
+  Tensor out = run_forward(inputs, params);
   give(stack, out);
 }
 
-// attention_backward(grad_out, grad_lse?, query, key, value, out, lse, lse_residual, bias?, key_lengths?, scale,
-//                    band_lower?, band_upper?) -> (grad_query, grad_key, grad_value)
 void attention_backward(StableIValue* stack, uint64_t, uint64_t) {
   Arguments arguments(stack);
   Tensor grad_out = arguments.tensor(), grad_lse = arguments.optional_tensor();
-  Tensor query = arguments.tensor(), key = arguments.tensor(), value = arguments.tensor(), out = arguments.tensor();
-  Tensor lse = arguments.tensor(), lse_residual = arguments.tensor();
-  const Tensor bias = arguments.optional_tensor();
-  Tensor key_lengths = arguments.optional_tensor();
-  const double scale = arguments.number();
-  const auto band_lower = arguments.optional_int(), band_upper = arguments.optional_int();
+  Inputs inputs;
+  BackwardParams params;
+  inputs.take_tensors(arguments);
+  Tensor out = arguments.tensor(), lse = arguments.tensor(), lse_residual = arguments.tensor();
+  inputs.take_options(arguments);
+  inputs.set_numbers(arguments, params);
+  const bool wants_grad_bias = arguments.flag(), wants_grad_sinks = arguments.flag();
+  inputs.check(params);
+  const AttentionShape& shape = params.shape;
+  const DType dtype = params.dtype, statistics = statistics_dtype(dtype);
 
-  const DType dtype = compute_dtype(query);
-  const AttentionShape shape = checked_shape(query, key, value, dtype);
-  const MaskParams mask = checked_mask(bias, key_lengths, band_lower, band_upper, shape);
   const auto check_like_out = [&](const Tensor& tensor, const char* name) {
     check_cpu(tensor, name);
     check_dtype(tensor, name, dtype, "the dtype of query");
@@ -198,55 +275,91 @@ void attention_backward(StableIValue* stack, uint64_t, uint64_t) {
   check_like_out(grad_out, "grad_out");
   const auto checked_statistics = [&](Tensor& tensor, const char* name) {
     check_cpu(tensor, name);
-    check_dtype(tensor, name, statistics_dtype(dtype), "dtype float64 for float64 inputs and float32 for all others");
+    check_dtype(tensor, name, statistics, "dtype float64 for float64 inputs and float32 for all others");
     check_shape(tensor, name, {shape.batch, shape.heads, shape.query_len});
     tensor = contiguous(std::move(tensor));
     return static_cast<const void*>(tensor.data());
   };
-  BackwardParams params;
-  params.shape = shape;
-  params.dtype = dtype;
-  params.scale = scale;
-  params.mask = mask;
   params.lse = checked_statistics(lse, "lse");
   params.lse_residual = checked_statistics(lse_residual, "lse_residual");
   if (grad_lse) params.grad_lse = checked_statistics(grad_lse, "grad_lse");
 
-  Tensor grad_query = empty_in_order_of(query, {shape.batch, shape.heads, shape.query_len, shape.head_dim});
-  Tensor grad_key = empty_in_order_of(key, {shape.batch, shape.kv_heads, shape.kv_len, shape.head_dim});
-  Tensor grad_value = empty_in_order_of(value, {shape.batch, shape.kv_heads, shape.kv_len, shape.value_dim});
+  Tensor grad_query = empty_in_order_of(inputs.query, {shape.batch, shape.heads, shape.query_len, shape.head_dim});
+  Tensor grad_key = empty_in_order_of(inputs.key, {shape.batch, shape.kv_heads, shape.kv_len, shape.head_dim});
+  Tensor grad_value = empty_in_order_of(inputs.value, {shape.batch, shape.kv_heads, shape.kv_len, shape.value_dim});
   params.grad_query = view(grad_query);
   params.grad_key = view(grad_key);
   params.grad_value = view(grad_value);
 
-  for (auto [tensor, input] : {std::pair{&query, &params.query}, std::pair{&key, &params.key},
-                               std::pair{&value, &params.value}, std::pair{&out, &params.out},
-                               std::pair{&grad_out, &params.grad_out}}) {
+  Tensor grad_bias = nothing(statistics), grad_sinks = nothing(DType::float64);
+  if (wants_grad_bias) {
+    const Tensor& bias = inputs.bias;
+    STD_TORCH_CHECK(static_cast<bool>(bias), "the gradient of a bias that is not there");
+    grad_bias = empty({bias.size(0), bias.size(1), bias.size(2), bias.size(3)}, {0, 1, 2, 3}, torch_dtype(statistics));
+    const ConstTensorView grad = broadcast_view(grad_bias);
+    params.grad_bias = {grad_bias.data(), grad.stride_batch, grad.stride_head, grad.stride_row, grad.stride_column};
+    params.grad_bias_elements = bias.size(0) * bias.size(1) * bias.size(2) * bias.size(3);
+  }
+  if (wants_grad_sinks) {
+    STD_TORCH_CHECK(static_cast<bool>(inputs.sinks), "the gradient of sinks that are not there");
+    grad_sinks = empty({shape.heads}, {0}, torch_dtype(DType::float64));
+    params.grad_sinks = static_cast<double*>(grad_sinks.data());
+  }
+
+  inputs.set_views(params);
+  for (auto [tensor, input] : {std::pair{&out, &params.out}, std::pair{&grad_out, &params.grad_out}}) {
     *tensor = with_adjacent_columns(std::move(*tensor));
     *input = const_view(*tensor);
   }
   cpu::kernel_table().backward[static_cast<int>(dtype)](params, torch_executor());
-  give(stack, grad_query, grad_key, grad_value);
+  give(stack, grad_query, grad_key, grad_value, grad_bias, grad_sinks);
+}
+
+// dropout_mask(dropout_seed, dropout_p, batch, heads, query_begin, query_end, kv_len) -> bool, true = kept
+void dropout_mask(StableIValue* stack, uint64_t, uint64_t) {
+  Arguments arguments(stack);
+  const Tensor seed = arguments.tensor();
+  const DropoutParams dropout = Inputs::checked_dropout(arguments.number(), seed);
+  const int64_t batch = arguments.integer(), heads = arguments.integer(), begin = arguments.integer();
+  const int64_t end = arguments.integer(), kv_len = arguments.integer();
+  STD_TORCH_CHECK(batch >= 0 && heads >= 0 && 0 <= begin && begin <= end && kv_len >= 0, "sizes must not be negative");
+  Tensor mask = empty({batch, heads, end - begin, kv_len}, {0, 1, 2, 3}, torch_dtype(DType::boolean));
+  auto* kept = static_cast<uint8_t*>(mask.data());
+  for (int64_t b = 0; b < batch; ++b)
+    for (int64_t h = 0; h < heads; ++h)
+      for (int64_t i = begin; i < end; ++i)
+        for (int64_t j = 0; j < kv_len; ++j) *kept++ = keeps_weight(dropout, b, h, i, j);
+  give(stack, mask);
 }
 
 }  // namespace
 }  // namespace attn_ext::bindings
 
+// What the two operators that know everything share.
+#define ATTN_EXT_OPTIONS                                                                                        \
+  "Tensor? bias, Tensor? sinks, Tensor? mask, Tensor? key_ranges, Tensor? query_segments, Tensor? kv_segments, " \
+  "Tensor? alibi_slopes, Tensor? dropout_seed, float scale, float softcap, float dropout_p, SymInt? band_lower, " \
+  "SymInt? band_upper"
+
 STABLE_TORCH_LIBRARY(attn_ext, library) {
+  library.def("attention_forward(Tensor query, Tensor key, Tensor value, " ATTN_EXT_OPTIONS
+              ") -> (Tensor out, Tensor lse, Tensor lse_residual)");
   library.def(
-      "attention_forward(Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? key_lengths, float scale, "
-      "SymInt? band_lower, SymInt? band_upper) -> (Tensor out, Tensor lse, Tensor lse_residual)");
-  library.def(
-      "attention_output(Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? key_lengths, float scale, "
-      "SymInt? band_lower, SymInt? band_upper) -> Tensor");
+      "attention_output(Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? mask, Tensor? key_ranges, "
+      "float scale, SymInt? band_lower, SymInt? band_upper) -> Tensor");
+  // Gradients that are not wanted are tensors without elements.
   library.def(
       "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor query, Tensor key, Tensor value, Tensor out, "
-      "Tensor lse, Tensor lse_residual, Tensor? bias, Tensor? key_lengths, float scale, SymInt? band_lower, "
-      "SymInt? band_upper) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)");
+      "Tensor lse, Tensor lse_residual, " ATTN_EXT_OPTIONS ", bool wants_grad_bias, bool wants_grad_sinks) -> "
+      "(Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_bias, Tensor grad_sinks)");
+  library.def(
+      "dropout_mask(Tensor dropout_seed, float dropout_p, SymInt batch, SymInt heads, SymInt query_begin, "
+      "SymInt query_end, SymInt kv_len) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(attn_ext, CPU, library) {
   library.impl("attention_forward", attn_ext::bindings::attention_forward);
   library.impl("attention_output", attn_ext::bindings::attention_output);
   library.impl("attention_backward", attn_ext::bindings::attention_backward);
+  library.impl("dropout_mask", attn_ext::bindings::dropout_mask);
 }

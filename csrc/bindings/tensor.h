@@ -109,21 +109,30 @@ inline Tensor empty_in_order_of(const Tensor& model, const int64_t (&sizes)[4]) 
                             : empty(sizes, {0, 1, 2, 3}, model.dtype_code());
 }
 
-inline Tensor contiguous(Tensor tensor) {
-  if (tensor.is_contiguous()) return tensor;
-  AtenTensorHandle copy = nullptr;  // not a clone, which would keep the order of a dense tensor
+// A contiguous copy; not a clone, which would keep the order of a dense tensor.
+inline Tensor copied(const Tensor& tensor, int32_t dtype_code) {
+  AtenTensorHandle copy = nullptr;
   int64_t strides[8], elements = 1;
   STD_TORCH_CHECK(tensor.dim() <= 8, "at most 8 dimensions");
   for (int64_t d = tensor.dim() - 1; d >= 0; --d) {
     strides[d] = elements;
     elements *= std::max<int64_t>(tensor.size(static_cast<int>(d)), 1);
   }
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(tensor.dim(), tensor.sizes(), strides, tensor.dtype_code(),
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(tensor.dim(), tensor.sizes(), strides, dtype_code,
                                                          aoti_torch_device_type_cpu(), 0, &copy));
   Tensor result(copy);
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(result.get(), tensor.get(), 0));
   return result;
 }
+inline Tensor contiguous(Tensor tensor) {
+  return tensor.is_contiguous() ? std::move(tensor) : copied(tensor, tensor.dtype_code());
+}
+inline Tensor converted(Tensor tensor, DType dtype) {
+  return tensor.is(dtype) ? std::move(tensor) : copied(tensor, torch_dtype(dtype));
+}
+
+// No elements.
+inline Tensor nothing(DType dtype) { return empty({0}, {0}, torch_dtype(dtype)); }
 
 // Kernels read rows of adjacent columns.  Any other 4-D tensor is copied, its broadcast (stride 0) dimensions once.
 inline Tensor with_adjacent_columns(Tensor tensor) {

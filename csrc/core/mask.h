@@ -1,7 +1,8 @@
-// Masks as intervals.  Every structured mask (causal, window, key lengths) and every intersection of them lets
-// query i see one interval of keys, [lo, hi).  A tile of queries is then described by two intervals: keys that any
-// of its queries sees, and keys that all of them see.  Tiles of keys are skipped outside the first, taken whole
-// inside the second, and only what lies between needs a look at single elements.
+// Masks as intervals.  Every structured mask (causal, window, key lengths, prefix, packed documents) and every
+// intersection of them lets query i see one interval of keys, [lo, hi); a union, a few.  A tile of queries is then
+// described by two intervals for each of them: keys that any of its queries sees, and keys that all of them see.  Tiles
+// of keys are skipped outside the first, taken whole inside the second, and only what lies between needs a look at
+// single elements.
 #pragma once
 #include "core/host_device.h"
 #include "core/params.h"
@@ -18,17 +19,21 @@ struct KeyInterval {
 ATTN_HD int64_t min_i64(int64_t a, int64_t b) { return a < b ? a : b; }
 ATTN_HD int64_t max_i64(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// Whether any part of the mask, dense ones included, can hide a key from a query.
-ATTN_HD bool may_hide_keys(const MaskParams& mask, const AttentionShape& shape) {
-  return mask.key_lengths || mask.bias.data || mask.band_lower > -shape.query_len || mask.band_upper < shape.kv_len;
+// Whether any part of the mask or the bias can hide a key from a query.
+ATTN_HD bool may_hide_keys(const AttentionParams& p) {
+  return p.mask.key_ranges.data || p.mask.query_segments.data || p.mask.dense.data || p.score.bias.data ||
+         p.mask.band_lower > -p.shape.query_len || p.mask.band_upper < p.shape.kv_len;
 }
 
-// The keys query i of a batch element may attend to (dense masks aside).  Bands may be anything an int64 holds:
-// they are brought next to [-query_len, kv_len] before they are added to an index.
-ATTN_HD KeyInterval visible_keys(const MaskParams& mask, const AttentionShape& shape, int64_t batch, int64_t i) {
+// The keys of range r that query i of a batch element may attend to (segments and dense masks aside).  Bands may be
+// anything an int64 holds: they are brought next to [-query_len, kv_len] before they are added to an index.
+ATTN_HD KeyInterval visible_keys(const MaskParams& mask, const AttentionShape& shape, int64_t batch, int64_t i, int r = 0) {
   KeyInterval keys{0, shape.kv_len};
-  if (mask.key_lengths) keys.hi = max_i64(0, min_i64(keys.hi, mask.key_lengths[batch]));
-  if (mask.band_lower > -shape.query_len) keys.lo = max_i64(0, i + min_i64(mask.band_lower, shape.kv_len));
+  if (mask.key_ranges.data) {
+    const int64_t* range = mask.key_ranges.data + batch * mask.key_ranges.stride_batch + i * mask.key_ranges.stride_row + 2 * r;
+    keys = {max_i64(0, range[0]), min_i64(keys.hi, range[1])};
+  }
+  if (mask.band_lower > -shape.query_len) keys.lo = max_i64(keys.lo, i + min_i64(mask.band_lower, shape.kv_len));
   if (mask.band_upper < shape.kv_len) {
     keys.hi = min_i64(keys.hi, i + max_i64(mask.band_upper, -shape.query_len - 1) + 1);
   }

@@ -27,6 +27,11 @@ struct OnlineSoftmax {
   Value l;  // sum of the weights
 
   ATTN_HD OnlineSoftmax() : m(Math::splat(std::numeric_limits<Scalar>::lowest())), l(Math::splat(0)) {}
+  // After one score, whose value is 0: an attention sink.
+  ATTN_HD explicit OnlineSoftmax(Value sink) : OnlineSoftmax() {
+    raise(sink);
+    add(weight(sink));
+  }
 
   // Moves the maximum up to cover `scores_max`; returns the factor for everything summed so far.
   ATTN_HD Value raise(Value scores_max) {

@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <limits>
 
+#include "core/host_device.h"
+
 namespace attn_ext {
 
 enum class DType : int32_t { float32, float64, float16, bfloat16, boolean };
@@ -27,45 +29,94 @@ struct AttentionShape {
   int64_t group() const { return kv_heads > 0 ? heads / kv_heads : 0; }
 };
 
-// Which keys a query may attend to.  Query i sees key j when
-//   band_lower <= j - i <= band_upper   and   j < key_lengths[batch]   and   the dense mask allows (i, j).
+constexpr int kMaxKeyRanges = 4;
+
+// Which keys a query may attend to.  Query i of batch element b sees key j when
+//   band_lower <= j - i <= band_upper
+//   and  one of the ranges of (b, i) holds j
+//   and  query_segments[b][i] == kv_segments[b][j]
+//   and  the dense mask is true at (b, h, i, j).
 // Causal top-left is band_upper = 0, causal bottom-right is band_upper = kv_len - query_len.
 struct MaskParams {
   static constexpr int64_t no_lower = std::numeric_limits<int64_t>::min();
   static constexpr int64_t no_upper = std::numeric_limits<int64_t>::max();
   int64_t band_lower = no_lower, band_upper = no_upper;
-  const int64_t* key_lengths = nullptr;  // [batch], or null: every key counts
 
-  // Added to the scaled scores (float dtypes), or true = may attend (boolean).  data == nullptr: none.
-  // View of (batch, heads, query_len, kv_len).
-  ConstTensorView bias;
-  DType bias_dtype = DType::float32;
+  // (batch, query_len, ranges, 2), first and one past the last key of each range; null: every key counts.
+  struct KeyRanges {
+    const int64_t* data = nullptr;
+    int64_t stride_batch = 0, stride_row = 0;  // ranges of a row are contiguous
+    int count = 1;                             // to kMaxKeyRanges
+  } key_ranges;
+
+  // (batch, query_len) and (batch, kv_len), contiguous along the length; null: one segment.
+  struct SegmentIds {
+    const int32_t* data = nullptr;
+    int64_t stride_batch = 0;
+  } query_segments, kv_segments;
+
+  ConstTensorView dense;  // boolean, of (batch, heads, query_len, kv_len); any byte but 0 is true; null: none
+};
+
+// How the product of a query and a key becomes a score, in the order of application:
+//   s = scale * q.k;   s = softcap * tanh(s / softcap);   s += bias;   s -= slope * |i + kv_len - query_len - j|
+struct ScoreParams {
+  double scale = 1;
+  double softcap = 0;                    // 0: none (Gemma 2, 2024)
+  ConstTensorView bias;                  // of (batch, heads, query_len, kv_len), -inf hides a key; null: none
+  DType bias_dtype = DType::float32;     // not boolean
+  const double* alibi_slopes = nullptr;  // [batch or 1][heads], or null (Press et al. 2022)
+  int64_t alibi_stride_batch = 0;
+  const double* sinks = nullptr;         // [heads], or null: one more score per row, whose value is 0 (gpt-oss, 2025)
+};
+
+// See core/dropout.h.
+struct DropoutParams {
+  static constexpr int32_t kOne = 1 << 16;
+  uint64_t seed = 0;
+  int32_t threshold = kOne;  // a weight stays if its 16 random bits are below; kOne: no dropout
+  double inverse_keep = 1;   // what the weights that stay are multiplied by: kOne / threshold, 0 if none stays
+
+  // p is rounded to a multiple of 2^-16.
+  ATTN_HD static DropoutParams of(double p, uint64_t seed) {
+    DropoutParams params;
+    params.seed = seed;
+    params.threshold = static_cast<int32_t>((1 - p) * kOne + 0.5);
+    params.inverse_keep = params.threshold ? static_cast<double>(kOne) / params.threshold : 0;
+    return params;
+  }
+  ATTN_HD bool enabled() const { return threshold < kOne; }
+};
+
+struct AttentionParams {
+  AttentionShape shape;
+  DType dtype = DType::float32;
+  MaskParams mask;
+  ScoreParams score;
+  DropoutParams dropout;
+  ConstTensorView query, key, value;  // stride_column is 1
 };
 
 // Per-row softmax statistics are contiguous (batch, heads, query_len), float64 for float64 inputs and float32
-// for all others.  lse = log(sum_j exp(s_ij)), -inf for a row with nothing to attend to.
+// for all others.  lse = log(sum_j exp(s_ij)), sinks included; -inf for a row with nothing to attend to.
 // lse_residual is what rounding lse lost (see core/online_softmax.h): the backward pass subtracts both.
-struct ForwardParams {
-  AttentionShape shape;
-  DType dtype = DType::float32;
-  double scale = 1;
-  MaskParams mask;
-  ConstTensorView query, key, value;  // stride_column is 1
-  TensorView out;                     // stride_column is 1
-  void* lse = nullptr;                // or null: neither is wanted
+struct ForwardParams : AttentionParams {
+  TensorView out;       // stride_column is 1
+  void* lse = nullptr;  // or null: neither is wanted
   void* lse_residual = nullptr;
 };
 
-struct BackwardParams {
-  AttentionShape shape;
-  DType dtype = DType::float32;
-  double scale = 1;
-  MaskParams mask;
-  ConstTensorView query, key, value, out, grad_out;  // stride_column is 1
+struct BackwardParams : AttentionParams {
+  ConstTensorView out, grad_out;  // stride_column is 1
   const void* lse = nullptr;
   const void* lse_residual = nullptr;
   const void* grad_lse = nullptr;               // like lse, or null: zero
   TensorView grad_query, grad_key, grad_value;  // stride_column is 1
+
+  // What is not wanted is null.
+  TensorView grad_bias;            // of the dtype of lse; a stride is 0 where the bias broadcasts
+  int64_t grad_bias_elements = 0;  // contiguous
+  double* grad_sinks = nullptr;    // [heads]
 };
 
 }  // namespace attn_ext

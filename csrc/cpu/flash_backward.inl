@@ -6,10 +6,12 @@
 //   dK[n][d]  += sum_m dS[n][m] * Q [m][d]                          lanes d
 //   dQ[m][d]  += sum_n dS[n][m] * K [n][d]                          lanes d
 // D_i = rowsum(dO * O) - d_lse: the gradient of lse enters as a shift.  dQ and dK get the softmax scale when stored.
+// dS is the gradient of the bias; a softcap puts its derivative between it and dK, dQ.
 //
 // A unit of work owns (batch, kv head, a range of keys), so dK and dV need no sharing; every range has its own partial
-// dQ, and they are added in the order of the ranges.  Ranges follow from the shape of one batch element alone: its bits
-// depend neither on the number of threads nor on the rest of the batch.
+// dQ, and they are added in the order of the ranges.  Where a bias that wants a gradient is the same for several heads or
+// batch elements, a unit owns all of these, so that the gradient needs no sharing either.  Ranges follow from the shape
+// of one batch element alone: its bits depend neither on the number of threads nor on the rest of the batch.
 namespace attn_ext::cpu {
 namespace {
 
@@ -33,7 +35,12 @@ class FlashBackward {
   const int64_t k_panels = div_up(shape.head_dim, L), v_panels = div_up(shape.value_dim, L);
   const int64_t blocks = div_up(shape.kv_len, kMaxKeys);
   const int keys = static_cast<int>(round_up(div_up(max_i64(1, shape.kv_len), max_i64(1, blocks)), kMaxRows));  // per block
-  const Acc scale_log2 = static_cast<Acc>(p.scale * kLog2E);
+  const Acc scale_log2 = static_cast<Acc>(p.score.scale * kLog2E);
+
+  const bool has_terms = ScoreTerms<Acc>::any(p);
+  const BiasGradient<Acc> bias_gradient{p.grad_bias, work};
+  const Acc softcap_log2 = static_cast<Acc>(p.score.softcap * kLog2E);
+  const Acc inverse_keep = static_cast<Acc>(p.dropout.inverse_keep);
 
   struct QueryPanel {  // everything about L queries, packed once per unit
     Word *qt, *gt;     // [k_words][L], [v_words][L]: Q and dO, lanes are queries; fp32 queries carry scale * log2(e)
@@ -41,6 +48,7 @@ class FlashBackward {
     Acc* dq;           // [k_panels][L][L]
     Acc *lse, *residual, *delta;  // [L]; lse in units of log2, +inf for rows without keys: their weights become 0
     LaneMask<Acc>* mask;
+    int64_t* bias_row; // [L]: offsets of the lanes' rows in the gradient of the bias
     int rows;          // in use, up to a multiple of kRowQuantum
     bool is_finite;
   };
@@ -61,7 +69,11 @@ class FlashBackward {
     QueryPanel* query;   // [panels]
     KeyBlock* block;     // [blocks] when several heads add to the same keys, else one, reused
     Weights weights[kTilePanels];
-    Acc* bias;           // [keys][L]
+    Acc* terms;          // [keys][L]: what is added to the scores
+    Acc* ds;             // [keys][L]: dS of one panel, for the gradient of the bias; the same memory
+    IntVec<Acc>* kept;   // [keys][L / W]: the weights that dropout keeps
+    Acc* grad_bias;      // null, or where the unit adds to the gradient of the bias
+    bool clears_bias;    // a tile of it is set to 0 before it is added to
     Word* rows;          // [L][row_words]
   };
 
@@ -82,6 +94,7 @@ class FlashBackward {
       q.residual = pieces.take<Acc>(L);
       q.delta = pieces.take<Acc>(L);
       q.mask = pieces.take<LaneMask<Acc>>(1);
+      q.bias_row = pieces.take<int64_t>(p.grad_bias.data ? L : 0);
       if (c.query) c.query[i] = q;
     }
     const int64_t kept = keeps_blocks() ? blocks : 1;
@@ -100,16 +113,26 @@ class FlashBackward {
       w.ds = pieces.take<Word>(keys * kPanelWords);
       w.ds_pairs = kPer == 1 ? w.ds : pieces.take<Word>(keys / kPer * L);
     }
-    c.bias = pieces.take<Acc>(p.mask.bias.data ? keys * L : 0);
+    c.grad_bias = nullptr;
+    c.terms = c.ds = pieces.take<Acc>(has_terms ? keys * L : 0);
+    c.kept = pieces.take<IntVec<Acc>>(p.dropout.enabled() ? keys * (L / W) : 0);
     c.rows = pieces.take<Word>(L * row_words());
     return c;
   }
 
   // ---------------------------------------------------------------- S, P, dP, dS
-  // R rows of keys against a panel of queries.  Masked: the bias is added, and what the mask hides weighs exactly 0,
-  // whatever the hidden numbers are.
-  template <int R, bool Masked>
-  __attribute__((noinline)) void weigh(const KeyBlock& b, const QueryPanel& q, const Weights& w, const Acc* bias, int r) const {
+  // What a panel and a block of keys have beside their products; null or false where there is nothing of it.
+  struct Extras {
+    const Acc* terms = nullptr;
+    const IntVec<Acc>* kept = nullptr;
+    Acc* ds = nullptr;
+    bool masked = false;  // lanes differ in the keys they see
+    bool any() const { return terms || kept || ds || masked; }
+  };
+  // R rows of keys against a panel of queries.  General: whatever there is beside the products; what the mask hides then
+  // weighs exactly 0, whatever the hidden numbers are.
+  template <int R, bool General>
+  __attribute__((noinline)) void weigh(const KeyBlock& b, const QueryPanel& q, const Weights& w, const Extras& extras, int r) const {
     V s[R][2], dp[R][2];
     clear_block(s);
     clear_block(dp);
@@ -124,22 +147,11 @@ class FlashBackward {
     UNROLL for (int i = 0; i < R; i++) {
       UNROLL for (int j = 0; j < 2; j++) {
         if constexpr (kPer != 1) s[i][j] *= scale_log2;
-        V weight;
-        if constexpr (Masked) {
-          auto visible = q.mask->visible(r + i, j);
-          if (bias) {
-            const V at = load(bias + (r + i) * L + j * W);
-            s[i][j] += at;
-            visible &= ~(at == splat(-std::numeric_limits<Acc>::infinity()));
-          }
-          weight = exp2<Arith::kExp2Degree>((s[i][j] - load(q.lse + j * W)) - load(q.residual + j * W));
-          weight = visible ? weight : V{};
-          dp[i][j] = visible ? weight * (dp[i][j] - load(q.delta + j * W)) : V{};
-        } else {
-          weight = exp2<Arith::kExp2Degree>((s[i][j] - load(q.lse + j * W)) - load(q.residual + j * W));
-          dp[i][j] = weight * (dp[i][j] - load(q.delta + j * W));
+        if constexpr (General) weigh_general(q, extras, r + i, j, s[i][j], dp[i][j]);
+        else {
+          s[i][j] = exp2<Arith::kExp2Degree>((s[i][j] - load(q.lse + j * W)) - load(q.residual + j * W));
+          dp[i][j] = s[i][j] * (dp[i][j] - load(q.delta + j * W));
         }
-        s[i][j] = weight;
       }
       store_weights(w.p + (r + i) * kPanelWords, s[i]);
       store_weights(w.ds + (r + i) * kPanelWords, dp[i]);
@@ -150,6 +162,32 @@ class FlashBackward {
       }
     }
   }
+  // Of key n and vector j of queries: score -> weight as dV wants it, dP -> dS as dK and dQ want it.
+  INLINE void weigh_general(const QueryPanel& q, const Extras& extras, int n, int j, V& s, V& dp) const {
+    V slope{};  // of the softcap, less 1
+    if (softcap_log2 > 0) {
+      const V t = tanh<Acc>(s * (1 / softcap_log2));
+      s = t * softcap_log2;
+      slope = -t * t;
+    }
+    auto visible = q.mask->visible(n, j);
+    if (extras.terms) {
+      const V term = load(extras.terms + n * L + j * W);
+      s += term;
+      visible &= ~(term == splat(-std::numeric_limits<Acc>::infinity()));
+    }
+    V weight = exp2<Arith::kExp2Degree>((s - load(q.lse + j * W)) - load(q.residual + j * W));
+    weight = visible ? weight : V{};
+    s = weight;
+    if (extras.kept) {
+      const IntVec<Acc> kept = extras.kept[n * (L / W) + j];
+      dp = kept ? dp * inverse_keep : V{};
+      s = kept ? weight : V{};
+    }
+    dp = visible ? weight * (dp - load(q.delta + j * W)) : V{};
+    if (extras.ds) store(extras.ds + n * L + j * W, dp);
+    if (softcap_log2 > 0) dp = visible ? fma(dp, slope, dp) : V{};
+  }
   static INLINE void store_weights(Word* row, const V (&weights)[2]) {
     if constexpr (kPer == 1) {
       store(row, weights[0]);
@@ -159,29 +197,41 @@ class FlashBackward {
     }
   }
 
-  void weigh_panel(const KeyBlock& b, const QueryPanel& q, Weights& w, Acc* bias_tile) const {
+  void weigh_panel(Scratch& c, const KeyBlock& b, const QueryPanel& q, Weights& w) const {
     w.begin = w.end = 0;
-    const TileClass tile_class = q.mask->keys.classify(b.begin, b.begin + b.rows);
-    if (tile_class == TileClass::skip) return;
+    const int64_t existing = min_i64(keys, shape.kv_len - b.begin);
+    if (c.clears_bias) bias_gradient.clear(c.grad_bias, q.bias_row, q.mask->rows, b.begin, existing);
     // Whole row blocks, so that every product that reads the weights finds its rows written.
-    const int begin = static_cast<int>(max_i64(0, q.mask->keys.any.lo - b.begin)) / kMaxRows * kMaxRows;
-    const int end = static_cast<int>(min_i64(b.rows, round_up(q.mask->keys.any.hi - b.begin, kMaxRows)));
-    TileClass bias_class = TileClass::full;
-    if (p.mask.bias.data) {
-      bias_class = BiasReader<Acc>(p.mask, *q.mask).read(bias_tile, b.begin, begin, end, shape.kv_len);
-      if (bias_class == TileClass::skip) return;
+    const TileRows rows = q.mask->rows_in(b.begin, b.rows, kMaxRows, kMaxRows);
+    if (rows.empty()) return;
+    Extras extras;
+    if (has_terms) {
+      const TileClass terms_class = ScoreTerms<Acc>(p, *q.mask, c.terms, b.begin, rows).read();
+      if (terms_class == TileClass::skip) return;
+      if (terms_class == TileClass::partial) extras.terms = c.terms;
     }
-    const bool has_bias = bias_class == TileClass::partial;
+    if (p.dropout.enabled()) {
+      for_kept_pairs<Acc>(p.dropout, *q.mask, b.begin, rows.begin, rows.end, [&](int n, int v, auto low, auto high) {
+        c.kept[n * (L / W) + v] = (IntVec<Acc>)low;
+        c.kept[(n + 1) * (L / W) + v] = (IntVec<Acc>)high;
+      });
+      extras.kept = c.kept;
+    }
+    if (c.grad_bias) extras.ds = c.ds;
     // Idle lanes are hidden only where the mask is looked at, and must be where 0 * key is not 0.
-    const bool masked = has_bias || !b.is_finite;
-    if (masked || tile_class == TileClass::partial) q.mask->set_tile(b.begin);
-    for_row_blocks<kMaxRows / 2>(begin, end, [&](auto block, int r) {
+    const bool general = extras.any() || softcap_log2 > 0 || !b.is_finite;
+    if (general || rows.partial()) q.mask->set_tile(b.begin);
+    for_row_blocks<kMaxRows / 2>(rows.begin, rows.end, [&](auto block, int r) {
       constexpr int R = block;
-      if (masked || q.mask->is_partial(b.begin, r, R)) weigh<R, true>(b, q, w, has_bias ? bias_tile : nullptr, r);
-      else weigh<R, false>(b, q, w, nullptr, r);
+      if (general || q.mask->must_look(rows, r, R)) weigh<R, true>(b, q, w, extras, r);
+      else weigh<R, false>(b, q, w, extras, r);
     });
-    w.begin = begin;
-    w.end = end;
+    w.begin = rows.begin;
+    w.end = rows.end;
+    if (c.grad_bias) {
+      bias_gradient.add(c.grad_bias, c.ds, q.bias_row, q.mask->rows, b.begin, rows.begin,
+                        static_cast<int>(min_i64(rows.end, existing)));
+    }
   }
 
   // ---------------------------------------------------------------- dV, dK, dQ
@@ -228,30 +278,23 @@ class FlashBackward {
     const auto column = [](const Word* rows, int m, int64_t d) {
       return number(rows[(d / L * kPanelWords + m / kPer) * L + d % L], m % kPer);
     };
-    for (int n = 0; n < b.rows; n++) {
-      for (int64_t d = 0; d < v_panels * L; d++) {
-        Acc sum = 0;
-        for (int i = 0; i < count; i++) {
-          if (n < c.weights[i].begin || n >= c.weights[i].end) continue;
-          for (int m = 0; m < query[i].rows; m++) {
-            const Acc weight = at(c.weights[i].p, n, m);
-            if (weight != 0) sum = fma(weight, column(query[i].g, m, d), sum);
+    const auto add_rows = [&](Acc* out, int64_t columns, Word* QueryPanel::*rows, Word* Weights::*weights) {
+      for (int n = 0; n < b.rows; n++) {
+        for (int64_t d = 0; d < columns; d++) {
+          Acc sum = 0;
+          for (int i = 0; i < count; i++) {
+            if (n < c.weights[i].begin || n >= c.weights[i].end) continue;
+            for (int m = 0; m < query[i].rows; m++) {
+              const Acc weight = at(c.weights[i].*weights, n, m);
+              if (weight != 0) sum = fma(weight, column(query[i].*rows, m, d), sum);
+            }
           }
+          out[(d / L * keys + n) * L + d % L] += sum;
         }
-        b.dv[(d / L * keys + n) * L + d % L] += sum;
       }
-      for (int64_t d = 0; d < k_panels * L; d++) {
-        Acc sum = 0;
-        for (int i = 0; i < count; i++) {
-          if (n < c.weights[i].begin || n >= c.weights[i].end) continue;
-          for (int m = 0; m < query[i].rows; m++) {
-            const Acc ds = at(c.weights[i].ds, n, m);
-            if (ds != 0) sum = fma(ds, column(query[i].q, m, d), sum);
-          }
-        }
-        b.dk[(d / L * keys + n) * L + d % L] += sum;
-      }
-    }
+    };
+    add_rows(b.dv, v_panels * L, &QueryPanel::g, &Weights::p);
+    add_rows(b.dk, k_panels * L, &QueryPanel::q, &Weights::ds);
     for (int i = 0; i < count; i++) {
       for (int m = 0; m < query[i].rows; m++) {
         for (int64_t d = 0; d < k_panels * L; d++) {
@@ -271,7 +314,7 @@ class FlashBackward {
     bool is_finite = b.is_finite;
     for (int i = 0; i < count; i++) {
       Weights& w = c.weights[i];
-      weigh_panel(b, query[i], w, c.bias);
+      weigh_panel(c, b, query[i], w);
       if (w.begin == w.end) continue;
       begin = w.begin < begin ? w.begin : begin;
       end = w.end > end ? w.end : end;
@@ -314,8 +357,7 @@ class FlashBackward {
           queries[m] = row_pointer<T>(p.query, batch, row);
           grads[m] = row_pointer<T>(p.grad_out, batch, row);
           residual = static_cast<const Acc*>(p.lse_residual)[at];
-          delta = dot_rows(grads[m], row_pointer<T>(p.out, batch, row), shape.value_dim);
-          if (p.grad_lse) delta -= static_cast<const Acc*>(p.grad_lse)[at];
+          delta = row_delta(batch, row, at);
         }
         work.advance(row);
       }
@@ -380,8 +422,8 @@ class FlashBackward {
     for (int64_t r = 0; r < valid; r++) {
       T* dk = row_pointer<T>(p.grad_key, batch, kv_head, b.begin + r);
       T* dv = row_pointer<T>(p.grad_value, batch, kv_head, b.begin + r);
-      store_panel_row(dk, b.dk + r * L, keys, shape.head_dim, static_cast<Acc>(p.scale));
-      store_panel_row(dv, b.dv + r * L, keys, shape.value_dim, Acc(1));
+      store_panel_row(dk, b.dk + r * L, keys, shape.head_dim, static_cast<Acc>(p.score.scale));
+      store_panel_row(dv, b.dv + r * L, keys, shape.value_dim, inverse_keep);
     }
   }
   template <class Out>
@@ -394,8 +436,14 @@ class FlashBackward {
     int64_t begin, end;
   };
 
+  // A unit owns a range of keys of this many batch elements and kv heads.
+  const int64_t unit_batches = p.grad_bias.data && p.grad_bias.stride_batch == 0 ? max_i64(1, shape.batch) : 1;
+  const int64_t unit_heads = p.grad_bias.data && p.grad_bias.stride_head == 0 ? max_i64(1, shape.kv_heads) : 1;
+
   int64_t range_count() const {
-    return max_i64(1, min_i64(div_up(kUnits, shape.kv_heads), blocks / 4));
+    // Ranges cost memory, a sum, and packing the queries once more: a few blocks each.
+    const int64_t most = unit_batches * unit_heads > 1 && blocks > 1 ? max_i64(2, blocks / 4) : blocks / 4;
+    return max_i64(1, min_i64(div_up(kUnits, div_up(shape.kv_heads, unit_heads)), most));
   }
   // Boundaries of equal work: a block of keys costs the queries that see it.
   void split(Range* ranges, int64_t count) const {
@@ -415,19 +463,20 @@ class FlashBackward {
       ranges[i].end = min_i64(block * keys, shape.kv_len);
     }
   }
-  static bool sees(const TileKeys& keys, const Range& range) {
-    return !keys.any.empty() && keys.any.lo < range.end && keys.any.hi > range.begin;
-  }
-
   // dq_partial: [heads][query_len][head_dim] of this range, or null: dQ is complete and goes to the output.
-  void run_unit(Scratch& c, int64_t batch, int64_t kv_head, const Range& range, Acc* dq_partial) const {
+  // first_of_unit: nothing has been added to this unit's part of the gradient of the bias by an earlier batch element or
+  // head that shares it.
+  void run_unit(Scratch& c, int64_t batch, int64_t kv_head, bool first_of_unit, const Range& range, Acc* dq_partial) const {
     for (int64_t segment = 0; segment < work.segments; segment++) {
-      bool any_query = false;
+      c.clears_bias = c.grad_bias && bias_gradient.clears_tiles && first_of_unit && (segment == 0 || p.grad_bias.stride_head != 0);
+      bool any_query = c.clears_bias;
       for (int64_t i = 0; i < panels; i++) {
         const int64_t first = i * L;
         const int count = static_cast<int>(min_i64(L, work.rows - first));
-        c.query[i].mask->set_rows(p.mask, shape, work, batch, kv_head, segment, first, count);
-        if (dq_partial && !sees(c.query[i].mask->keys, range)) continue;
+        QueryPanel& q = c.query[i];
+        q.mask->set_rows(p.mask, shape, work, batch, kv_head, segment, first, count);
+        if (c.grad_bias) bias_gradient.set_rows(q.bias_row, *q.mask);
+        if (dq_partial && !c.query[i].mask->sees(range.begin, range.end)) continue;
         pack_panel(c, c.query[i], batch, kv_head, segment, first, count);
         any_query = true;
       }
@@ -440,7 +489,7 @@ class FlashBackward {
         if (segment == work.segments - 1) store_block(b, batch, kv_head);
       }
       for (int64_t i = 0; i < panels; i++) {
-        if (dq_partial && !sees(c.query[i].mask->keys, range)) continue;
+        if (dq_partial && !c.query[i].mask->sees(range.begin, range.end)) continue;
         const int64_t first = i * L, count = min_i64(L, work.rows - first);
         WorkRow row = work.at(kv_head, segment, first);
         for (int64_t m = 0; m < count; m++, work.advance(row)) {
@@ -449,7 +498,7 @@ class FlashBackward {
             store_panel_row(dq_partial + at * shape.head_dim, c.query[i].dq + m * L, L, shape.head_dim, Acc(1));
           } else {
             store_panel_row(row_pointer<T>(p.grad_query, batch, row), c.query[i].dq + m * L, L, shape.head_dim,
-                            static_cast<Acc>(p.scale));
+                            static_cast<Acc>(p.score.scale));
           }
         }
       }
@@ -471,12 +520,32 @@ class FlashBackward {
         Acc sum[L] = {};
         const int64_t n = min_i64(L, shape.head_dim - d);
         for (int64_t r = 0; r < count; r++) {
-          if (!sees(mask.keys, ranges[r])) continue;
+          if (!mask.sees(ranges[r].begin, ranges[r].end)) continue;
           for (int64_t i = 0; i < n; i++) sum[i] += row[r * size + d + i];
         }
-        store_row(out + d, sum, n, static_cast<Acc>(p.scale));
+        store_row(out + d, sum, n, static_cast<Acc>(p.score.scale));
       }
     }
+  }
+
+  // A sink is a score whose value is 0: dS = P * (0 - D_i).
+  double sink_gradient(int64_t head) const {
+    const Acc sink = bias_in_log2<Acc>(p.score.sinks[head]);
+    double sum = 0;
+    for (int64_t batch = 0; batch < shape.batch; batch++) {
+      for (int64_t i = 0; i < shape.query_len; i++) {
+        const int64_t at = (batch * shape.heads + head) * shape.query_len + i;
+        const Acc lse = static_cast<const Acc*>(p.lse)[at];
+        if (lse == -std::numeric_limits<Acc>::infinity()) continue;
+        const Acc weight = std::exp2((sink - RowStatistics<Acc>::to_log2(lse)) - static_cast<const Acc*>(p.lse_residual)[at]);
+        if (weight != 0) sum -= double(weight) * row_delta(batch, {head, i}, at);
+      }
+    }
+    return sum;
+  }
+  Acc row_delta(int64_t batch, WorkRow row, int64_t at) const {
+    const Acc delta = dot_rows(row_pointer<T>(p.grad_out, batch, row), row_pointer<T>(p.out, batch, row), shape.value_dim);
+    return p.grad_lse ? delta - static_cast<const Acc*>(p.grad_lse)[at] : delta;
   }
 
   void store_zeros() const {  // keys and values that no query head reads
@@ -492,30 +561,58 @@ class FlashBackward {
 
   void run(const Executor& executor) const {
     const int64_t heads = shape.batch * shape.kv_heads;
+    if (p.grad_bias.data && !(bias_gradient.clears_tiles && heads && shape.heads)) {
+      std::memset(p.grad_bias.data, 0, p.grad_bias_elements * sizeof(Acc));
+    }
+    for (int64_t head = 0; p.grad_sinks && head < shape.heads; head++) p.grad_sinks[head] = 0;
     if (heads == 0) return;
     if (shape.heads == 0) return store_zeros();
-    const int64_t range_total = range_count(), units = heads * range_total;
+    const int64_t range_total = range_count();
+    const int64_t head_sets = div_up(shape.kv_heads, unit_heads), sets = div_up(shape.batch, unit_batches) * head_sets;
     Range ranges[kUnits];
     split(ranges, range_total);
     const double products = 2.5 * static_cast<double>(shape.batch) * shape.heads * shape.query_len * shape.kv_len *
                             (shape.head_dim + shape.value_dim);
-    const int threads = useful_threads(executor, products, units);
+    const int threads = useful_threads(executor, products, heads * range_total);
 
     Pieces measure(nullptr);
     take(measure);
     const size_t per_thread = measure.used();
     const int64_t dq_size = shape.batch * shape.heads * shape.query_len * shape.head_dim;
+    // Ranges add to different columns of the gradient of the bias, unless it has only one.
+    const bool sums_bias = p.grad_bias.data && p.grad_bias.stride_column == 0 && range_total > 1;
     Pieces partial_measure(nullptr);
     if (range_total > 1) partial_measure.take<Acc>(range_total * dq_size);
+    if (sums_bias) partial_measure.take<Acc>(range_total * p.grad_bias_elements);
     const Workspace workspace(per_thread * threads + partial_measure.used());
-    Acc* const partials = range_total > 1 ? reinterpret_cast<Acc*>(workspace.data() + per_thread * threads) : nullptr;
+    Pieces shared(workspace.data() + per_thread * threads);
+    Acc* const partials = range_total > 1 ? shared.take<Acc>(range_total * dq_size) : nullptr;
+    Acc* const grad_bias = sums_bias ? shared.take<Acc>(range_total * p.grad_bias_elements) : static_cast<Acc*>(p.grad_bias.data);
+    if (sums_bias) std::memset(grad_bias, 0, range_total * p.grad_bias_elements * sizeof(Acc));
 
-    parallel_tasks(executor, threads, units, [&](int thread, int64_t unit) {
-      const int64_t head = unit / range_total, range = unit % range_total;
+    parallel_tasks(executor, threads, sets * range_total, [&](int thread, int64_t unit) {
+      const int64_t set = unit / range_total, range = unit % range_total;
       Pieces pieces(workspace.data() + per_thread * thread);
       Scratch c = take(pieces);
-      run_unit(c, head / shape.kv_heads, head % shape.kv_heads, ranges[range], partials ? partials + range * dq_size : nullptr);
+      if (grad_bias) c.grad_bias = grad_bias + (sums_bias ? range * p.grad_bias_elements : 0);
+      const int64_t first_batch = set / head_sets * unit_batches, first_head = set % head_sets * unit_heads;
+      for (int64_t batch = first_batch; batch < first_batch + unit_batches; batch++) {
+        for (int64_t head = first_head; head < first_head + unit_heads; head++) {
+          const bool first = batch == first_batch && (head == first_head || p.grad_bias.stride_head != 0);
+          run_unit(c, batch, head, first, ranges[range], partials ? partials + range * dq_size : nullptr);
+        }
+      }
     });
+    if (sums_bias) {
+      for (int64_t i = 0; i < p.grad_bias_elements; i++) {
+        Acc sum = 0;
+        for (int64_t r = 0; r < range_total; r++) sum += grad_bias[r * p.grad_bias_elements + i];
+        static_cast<Acc*>(p.grad_bias.data)[i] = sum;
+      }
+    }
+    if (p.grad_sinks) {
+      parallel_tasks(executor, threads, shape.heads, [&](int, int64_t head) { p.grad_sinks[head] = sink_gradient(head); });
+    }
     if (!partials) return;
     const int64_t panels_per_head = work.segments * panels;
     parallel_tasks(executor, threads, heads * panels_per_head, [&](int, int64_t task) {

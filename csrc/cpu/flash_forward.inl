@@ -32,8 +32,9 @@ class FlashForward {
   const int64_t query_tiles = div_up(work.rows, ForwardTile<Arith>::kQueries);  // per segment
   const int64_t out_columns = round_up(tiles.v_columns, W), q_columns = round_up(tiles.k_words, W);
   // Scores come out of the product in units of log2, through the queries; bf16 queries cannot carry the factor exactly.
-  const Acc scale_log2 = static_cast<Acc>(p.scale * kLog2E);
+  const Acc scale_log2 = static_cast<Acc>(p.score.scale * kLog2E);
   const Acc query_factor = Arith::kPerWord == 1 ? scale_log2 : Acc(1);
+  const bool has_terms = ScoreTerms<Acc>::any(p);
 
   struct Scratch {
     Word* qt[kGroups];   // [k_words][L]
@@ -41,7 +42,7 @@ class FlashForward {
     Softmax* softmax;    // [kGroups][kGroupVectors]
     LaneMask<Acc>* mask; // [kGroups]
     Acc* s;              // [keys][L]: scores, then weights (as words)
-    Acc* bias;           // [keys][L]
+    Acc* terms;          // [keys][L]: what is added to the scores
     Word* rows;          // [L][max(q_columns, out_columns)]
     typename Tiles::Store tile;
     void take(Pieces& pieces, const FlashForward& f) {
@@ -52,7 +53,7 @@ class FlashForward {
       softmax = pieces.take<Softmax>(kGroups * kGroupVectors);
       mask = pieces.take<LaneMask<Acc>>(kGroups);
       s = pieces.take<Acc>(f.tiles.keys * L);
-      bias = pieces.take<Acc>(f.p.mask.bias.data ? f.tiles.keys * L : 0);
+      terms = pieces.take<Acc>(f.has_terms ? f.tiles.keys * L : 0);
       rows = pieces.take<Word>(L * max_i64(f.q_columns, f.out_columns));
       tile.take(pieces, f.tiles, 1);
     }
@@ -64,31 +65,26 @@ class FlashForward {
   template <int N, class Score, class Accumulate>
   void attend(Scratch& c, int g, int64_t tile_begin, int tile_rows, const Score& score, const Accumulate& accumulate) const {
     LaneMask<Acc>& mask = c.mask[g];
-    const TileClass tile_class = mask.keys.classify(tile_begin, tile_begin + tile_rows);
-    if (tile_class == TileClass::skip) return;
-    const int begin = static_cast<int>(max_i64(0, mask.keys.any.lo - tile_begin)) / kMaxRows * kMaxRows;
-    const int end = static_cast<int>(min_i64(tile_rows, round_up(mask.keys.any.hi - tile_begin, kRowQuantum)));
-    TileClass bias_class = TileClass::full;
-    if (p.mask.bias.data) {
-      bias_class = BiasReader<Acc>(p.mask, mask).read(c.bias, tile_begin, begin, end, shape.kv_len);
-      if (bias_class == TileClass::skip) return;
+    const TileRows rows = mask.rows_in(tile_begin, tile_rows, kMaxRows, kRowQuantum);
+    if (rows.empty()) return;
+    const Acc* terms = nullptr;
+    if (has_terms) {
+      const TileClass terms_class = ScoreTerms<Acc>(p, mask, c.terms, tile_begin, rows).read();
+      if (terms_class == TileClass::skip) return;
+      if (terms_class == TileClass::partial) terms = c.terms;
     }
-    const bool has_bias = bias_class == TileClass::partial, partial = has_bias || tile_class == TileClass::partial;
-    if (partial) mask.set_tile(tile_begin);
+    const int begin = rows.begin, end = rows.end;
 
     score(begin, end);
-    // Rows that every lane sees in full: only their neighbours need the mask.
-    const int full_begin = clamp_row(mask.keys.all.lo - tile_begin, begin, end);
-    const int full_end = clamp_row(mask.keys.all.hi - tile_begin, full_begin, end);
+    if (p.score.softcap > 0) cap_scores<N>(c.s, begin, end);
     V s_max[N];
     UNROLL for (int v = 0; v < N; v++) s_max[v] = splat(std::numeric_limits<Acc>::lowest());
-    if (has_bias) add_bias<N>(c, begin, end);
-    for (int n = full_begin; n < full_end; n++) {
-      UNROLL for (int v = 0; v < N; v++) s_max[v] = max(load(c.s + n * L + v * W), s_max[v]);
-    }
-    if (tile_class == TileClass::partial) {
-      mask_scores<N>(c, mask, begin, full_begin, s_max);
-      mask_scores<N>(c, mask, full_end, end, s_max);
+    if (terms) add_terms<N>(c.s, terms, rows.full_begin, rows.full_end, s_max);
+    else find_maximum<N>(c.s, rows.full_begin, rows.full_end, s_max);
+    if (rows.partial()) {  // only the neighbours of the rows that every lane sees need the mask
+      mask.set_tile(tile_begin);
+      mask_scores<N>(c.s, terms, mask, begin, rows.full_begin, s_max);
+      mask_scores<N>(c.s, terms, mask, rows.full_end, end, s_max);
     }
 
     Softmax* const softmax = c.softmax + g * kGroupVectors;
@@ -100,7 +96,8 @@ class FlashForward {
     }
     weigh<N>(c.s, state, begin, end);
     UNROLL for (int v = 0; v < N; v++) softmax[v] = state[v];
-    accumulate(alpha, begin, end, partial);
+    if (p.dropout.enabled()) drop_weights(c.s, mask, tile_begin, begin, end);
+    accumulate(alpha, begin, end, terms || rows.partial());
   }
   template <int N>
   void attend(Scratch& c, int g, const KeyTile<Word>& tile) const {
@@ -113,10 +110,6 @@ class FlashForward {
           add_weighted_values<N>(c.ot[g], alpha, tile.v + first * tile.v_row, tile.v_row,
                                  reinterpret_cast<const Word*>(c.s) + first * L, (end - begin) / Arith::kPerWord);
         });
-  }
-
-  static INLINE int clamp_row(int64_t row, int begin, int end) {
-    return static_cast<int>(max_i64(begin, min_i64(end, row)));
   }
 
   // The two products are functions of their own: with anything else alive around them, the compiler keeps it in vector
@@ -152,26 +145,47 @@ class FlashForward {
     });
   }
 
-  // Adds the bias to the scores of rows [begin, end).  -inf hides a key, whatever its score is.
+  // ---- what happens to the scores of rows [begin, end): each of these is skipped where there is nothing to do
+  // s = cap * tanh(s / cap)
   template <int N>
-  void add_bias(Scratch& c, int begin, int end) const {
-    const V minus_infinity = splat(-std::numeric_limits<Acc>::infinity());
+  __attribute__((noinline)) void cap_scores(Acc* scores, int begin, int end) const {
+    const Acc cap = static_cast<Acc>(p.score.softcap * kLog2E), inverse = 1 / cap;
     for (int n = begin; n < end; n++) {
       UNROLL for (int v = 0; v < N; v++) {
-        Acc* const at = c.s + n * L + v * W;
-        const V bias = load(c.bias + n * L + v * W);
-        store(at, bias == minus_infinity ? minus_infinity : load(at) + bias);
+        Acc* const at = scores + n * L + v * W;
+        store(at, tanh<Acc>(load(at) * inverse) * cap);
       }
     }
   }
-  // Hides what the lanes' intervals hide in rows [begin, end), and finds the maximum of the scores.
   template <int N>
-  void mask_scores(Scratch& c, const LaneMask<Acc>& mask, int begin, int end, V (&s_max)[N]) const {
+  static void find_maximum(const Acc* scores, int begin, int end, V (&s_max)[N]) {
+    for (int n = begin; n < end; n++) {
+      UNROLL for (int v = 0; v < N; v++) s_max[v] = max(load(scores + n * L + v * W), s_max[v]);
+    }
+  }
+  // -inf hides a key, whatever its score is.
+  template <int N>
+  static void add_terms(Acc* scores, const Acc* terms, int begin, int end, V (&s_max)[N]) {
     const V minus_infinity = splat(-std::numeric_limits<Acc>::infinity());
     for (int n = begin; n < end; n++) {
       UNROLL for (int v = 0; v < N; v++) {
-        Acc* const at = c.s + n * L + v * W;
-        const V s = mask.visible(n, v) ? load(at) : minus_infinity;
+        Acc* const at = scores + n * L + v * W;
+        const V term = load(terms + n * L + v * W), s = term == minus_infinity ? minus_infinity : load(at) + term;
+        s_max[v] = max(s, s_max[v]);
+        store(at, s);
+      }
+    }
+  }
+  // The same, and hides what the lanes' intervals hide.
+  template <int N>
+  static void mask_scores(Acc* scores, const Acc* terms, const LaneMask<Acc>& mask, int begin, int end, V (&s_max)[N]) {
+    const V minus_infinity = splat(-std::numeric_limits<Acc>::infinity());
+    for (int n = begin; n < end; n++) {
+      UNROLL for (int v = 0; v < N; v++) {
+        Acc* const at = scores + n * L + v * W;
+        const V term = terms ? load(terms + n * L + v * W) : V{};
+        V s = mask.visible(n, v) ? load(at) + term : minus_infinity;
+        if (terms) s = term == minus_infinity ? minus_infinity : s;
         s_max[v] = max(s, s_max[v]);
         store(at, s);
       }
@@ -196,6 +210,20 @@ class FlashForward {
       }
     }
     UNROLL for (int v = 0; v < N; v++) state[v].add(sum[v][0] + sum[v][1]);
+  }
+
+  // Weights that dropout takes become 0, after they have been summed.
+  __attribute__((noinline)) void drop_weights(Acc* weights, const LaneMask<Acc>& mask, int64_t tile_begin, int begin, int end) const {
+    for_kept_pairs<Acc>(p.dropout, mask, tile_begin, begin, end, [&](int n, int v, auto low, auto high) {
+      if constexpr (Arith::kPerWord == 1) {
+        Acc* const at = weights + n * L + v * W;
+        store(at, low ? load(at) : V{});
+        store(at + L, high ? load(at + L) : V{});
+      } else {
+        Word* const at = reinterpret_cast<Word*>(weights) + n / 2 * L + v * W;
+        store(at, load(at) & (((Vec<Word>)low & 0xffff) | ((Vec<Word>)high & 0xffff0000)));
+      }
+    });
   }
 
   // The product with the values, for tiles where 0 * value is not 0: hidden keys must not reach the output.
@@ -286,7 +314,7 @@ class FlashForward {
     load_queries(c, 0, batch, kv_head, 0, 0, count);
     const Acc* const q = reinterpret_cast<const Acc*>(c.rows);
     Acc* const o = c.ot[0];  // [padded][out_columns]
-    const KeyInterval any = c.mask[0].keys.any;
+    const KeyInterval any = c.mask[0].any;
     for (int64_t t = any.lo / tiles.keys; t * tiles.keys < any.hi; t++) {
       const int64_t tile_begin = t * tiles.keys;
       const int valid = tiles.valid_keys(t), rows = static_cast<int>(round_up(valid, kRowQuantum));
@@ -318,7 +346,7 @@ class FlashForward {
           });
     }
     const Softmax& state = c.softmax[0];
-    const V inverse = state.l == 0 ? V{} : Acc(1) / state.l;
+    const V inverse = normaliser(state);
     WorkRow at = work.at(kv_head, 0, 0);
     for (int i = 0; i < count; i++, work.advance(at)) {
       store_row(row_pointer<T>(p.out, batch, at), o + i * out_columns, shape.value_dim, static_cast<Acc>(inverse[i]));
@@ -329,27 +357,36 @@ class FlashForward {
   // ---------------------------------------------------------------- one tile of queries
   // The state of a group before its first key, and its queries, scaled, as rows of c.rows up to a whole vector of lanes.
   void load_queries(Scratch& c, int g, int64_t batch, int64_t kv_head, int64_t segment, int64_t row, int count) const {
-    c.mask[g].set_rows(p.mask, shape, work, batch, kv_head, segment, row, count);
+    LaneMask<Acc>& mask = c.mask[g];
+    mask.set_rows(p.mask, shape, work, batch, kv_head, segment, row, count);
     WorkRow at = work.at(kv_head, segment, row);
     for (int lane = 0; lane < count; lane++, work.advance(at)) {
       load_row(c.rows + lane * q_columns, row_pointer<T>(p.query, batch, at), shape.head_dim, q_columns,
                static_cast<Word>(query_factor));
     }
     std::memset(c.rows + count * q_columns, 0, (round_up(count, W) - count) * q_columns * sizeof(Word));
-    for (int v = 0; v < kGroupVectors; v++) c.softmax[g * kGroupVectors + v] = Softmax{};
+    for (int v = 0; v < kGroupVectors; v++) c.softmax[g * kGroupVectors + v] = p.score.sinks ? after_sinks(mask, v) : Softmax{};
     std::memset(c.ot[g], 0, out_columns * L * sizeof(Acc));
+  }
+  Softmax after_sinks(const LaneMask<Acc>& mask, int v) const {
+    alignas(V) Acc sinks[W];
+    for (int i = 0; i < W; i++) sinks[i] = bias_in_log2<Acc>(p.score.sinks[mask.lane_row[v * W + i].head]);
+    return Softmax(load(sinks));
   }
   void start_group(Scratch& c, int g, int64_t batch, int64_t kv_head, int64_t segment, int64_t row, int count) const {
     load_queries(c, g, batch, kv_head, segment, row, count);
     for (int v = 0; v < count; v += W) transpose_rows(c.qt[g] + v, L, c.rows + v * q_columns, q_columns, q_columns);
   }
 
+  V normaliser(const Softmax& state) const {
+    return state.l == 0 ? V{} : static_cast<Acc>(p.dropout.inverse_keep) / state.l;
+  }
   void finish_group(Scratch& c, int g, int64_t batch, int64_t kv_head, int64_t segment, int64_t row, int count) const {
     Acc* const rows = reinterpret_cast<Acc*>(c.rows);
     WorkRow at = work.at(kv_head, segment, row);
     for (int v = 0; v * W < count; v++) {
       const Softmax& state = c.softmax[g * kGroupVectors + v];
-      const V inverse = state.l == 0 ? V{} : Acc(1) / state.l;
+      const V inverse = normaliser(state);
       for (int64_t d = 0; d < out_columns; d += W) {
         V a[W];
         UNROLL for (int i = 0; i < W; i++) a[i] = load(c.ot[g] + (d + i) * L + v * W) * inverse;
@@ -374,7 +411,9 @@ class FlashForward {
     }
   }
 
-  void attend_tile(Scratch& c, const typename Tiles::Store* head_store, int64_t batch, int64_t kv_head, int64_t tile) const {
+  // head_store: the packed head, or null; finite: of the head's tiles of values, or null.
+  void attend_tile(Scratch& c, const typename Tiles::Store* head_store, const bool* finite, int64_t batch, int64_t kv_head,
+                   int64_t tile) const {
     if constexpr (Arith::kPerWord == 1 && W >= kFewRows) {
       if (has_few_rows) {
         return work.rows == 1 ? attend_few_rows<1>(c, batch, kv_head) : attend_few_rows<kFewRows>(c, batch, kv_head);
@@ -387,11 +426,13 @@ class FlashForward {
     KeyInterval any{0, 0};
     for (int g = 0; g < groups; g++) {
       start_group(c, g, batch, kv_head, segment, first + g * L, rows_of(g));
-      const KeyInterval keys = c.mask[g].keys.any;
-      if (!keys.empty()) any = any.empty() ? keys : KeyInterval{min_i64(any.lo, keys.lo), max_i64(any.hi, keys.hi)};
+      any = LaneMask<Acc>::hull(any, c.mask[g].any);
     }
     for (int64_t t = any.lo / tiles.keys; t * tiles.keys < any.hi; t++) {
-      const KeyTile<Word> key_tile = head_store ? tiles.packed(*head_store, t, t) : tiles.fetch(c.tile, batch, kv_head, t);
+      bool needed = p.mask.key_ranges.count == 1;  // or there may be gaps between the ranges
+      for (int g = 0; g < groups && !needed; g++) needed = c.mask[g].sees(t * tiles.keys, (t + 1) * tiles.keys);
+      if (!needed) continue;
+      const KeyTile<Word> key_tile = head_store ? tiles.packed(*head_store, t, t) : tiles.fetch(c.tile, finite, batch, kv_head, t);
       for (int g = 0; g < groups; g++) {
         if (rows_of(g) > W) attend<2>(c, g, key_tile);
         else attend<1>(c, g, key_tile);
@@ -418,6 +459,9 @@ class FlashForward {
     // With heads enough for every thread a head is packed by the thread that uses it, and is still in its cache.
     const bool head_per_task = packs_heads && (threads == 1 || heads >= 4 * threads);
 
+    // Several tiles of queries see the same values: they are looked at once.
+    const bool looks_once = tiles.natural && tiles.checks_finite && !packs_heads && tiles_per_head > 1;
+
     Pieces measure(nullptr);
     Scratch scratch;
     typename Tiles::Store store;
@@ -426,6 +470,7 @@ class FlashForward {
     const size_t per_thread = measure.used();
     Pieces shared_measure(nullptr);
     if (packs_heads && !head_per_task) store.take(shared_measure, tiles, heads * tiles.tiles);
+    if (looks_once) shared_measure.take<bool>(heads * tiles.tiles);
     const Workspace workspace(per_thread * threads + shared_measure.used());
     const auto thread_pieces = [&](int thread) { return Pieces(workspace.data() + per_thread * thread); };
 
@@ -438,13 +483,21 @@ class FlashForward {
         c.take(pieces, *this);
         packed.take(pieces, tiles, tiles.tiles);
         for (int64_t t = 0; t < tiles.tiles; t++) tiles.pack(packed, t, batch, kv_head, t);
-        for (int64_t t = 0; t < tiles_per_head; t++) attend_tile(c, &packed, batch, kv_head, t);
+        for (int64_t t = 0; t < tiles_per_head; t++) attend_tile(c, &packed, nullptr, batch, kv_head, t);
       });
       return;
     }
+    Pieces shared(workspace.data() + per_thread * threads);
+    bool* finite = nullptr;
+    if (looks_once) {
+      finite = shared.take<bool>(heads * tiles.tiles);
+      parallel_tasks(executor, threads, heads * tiles.tiles, [&](int, int64_t task) {
+        const int64_t head = task / tiles.tiles;
+        finite[task] = tiles.values_are_finite(head / shape.kv_heads, head % shape.kv_heads, task % tiles.tiles);
+      });
+    }
     if (packs_heads) {
-      Pieces pieces(workspace.data() + per_thread * threads);
-      store.take(pieces, tiles, heads * tiles.tiles);
+      store.take(shared, tiles, heads * tiles.tiles);
       parallel_tasks(executor, threads, heads * tiles.tiles, [&](int, int64_t task) {
         const int64_t head = task / tiles.tiles;
         tiles.pack(store, task, head / shape.kv_heads, head % shape.kv_heads, task % tiles.tiles);
@@ -460,7 +513,8 @@ class FlashForward {
       if (packs_heads) head_store = {store.k + head * tiles.tiles * tiles.keys * tiles.k_words,
                                      store.v + head * tiles.tiles * tiles.keys / Arith::kPerWord * tiles.v_columns,
                                      store.finite + head * tiles.tiles};
-      attend_tile(c, packs_heads ? &head_store : nullptr, head / shape.kv_heads, head % shape.kv_heads, tile);
+      attend_tile(c, packs_heads ? &head_store : nullptr, finite ? finite + head * tiles.tiles : nullptr, head / shape.kv_heads,
+                  head % shape.kv_heads, tile);
     });
   }
 };

@@ -1,11 +1,15 @@
 // Every kernel, once per instruction set: see isa/*.cpp.
+#include "core/dropout.h"
 #include "core/online_softmax.h"
 #include "cpu/simd.h"
 #include "cpu/microkernel.h"
 #include "cpu/rows.inl"
 #include "cpu/lane_mask.inl"
+#include "cpu/score_terms.inl"
+#include "cpu/dropout_tile.inl"
 #include "cpu/key_tiles.inl"
 #include "cpu/flash_forward.inl"
+#include "cpu/bias_gradient.inl"
 #include "cpu/flash_backward.inl"
 
 // One function per dtype, in the order of DType.  fp16, and bf16 where the processor has no bf16 products, are widened

@@ -32,7 +32,7 @@ struct KeyTiles {
       div_up(max_i64(1, p.shape.kv_len), max_i64(1, div_up(p.shape.kv_len, ForwardTile<Arith>::kMaxKeys))), kMaxRows);
   const int64_t tiles = div_up(p.shape.kv_len, keys);
   const bool natural = std::is_same_v<T, Word> && v_columns == p.shape.value_dim;
-  const bool checks_finite = may_hide_keys(p.mask, p.shape);
+  const bool checks_finite = may_hide_keys(p);
 
   struct Store {  // packed tiles and whether their values are finite
     Word *k, *v;
@@ -59,15 +59,19 @@ struct KeyTiles {
                        p.shape.value_dim, v_columns);
     store.finite[slot] = !checks_finite || rows_are_finite(v, p.value.stride_row, valid, p.shape.value_dim);
   }
-  // Without packed copies of the whole head: in place, or through slot 0 of a store of one tile.
-  KeyTile<Word> fetch(const Store& scratch, int64_t batch, int64_t kv_head, int64_t tile) const {
+  bool values_are_finite(int64_t batch, int64_t kv_head, int64_t tile) const {
+    return rows_are_finite(row_pointer<T>(p.value, batch, kv_head, tile * keys), p.value.stride_row, valid_keys(tile),
+                           p.shape.value_dim);
+  }
+  // Without packed copies of the whole head: in place, or through slot 0 of a store of one tile.  `finite`: of the values
+  // of each tile, or null where that is not known yet.
+  KeyTile<Word> fetch(const Store& scratch, const bool* finite, int64_t batch, int64_t kv_head, int64_t tile) const {
     const int valid = valid_keys(tile);
     if (natural && valid % kRowQuantum == 0) {
       const T* k = row_pointer<T>(p.key, batch, kv_head, tile * keys);
       const T* v = row_pointer<T>(p.value, batch, kv_head, tile * keys);
       return {reinterpret_cast<const Word*>(k), reinterpret_cast<const Word*>(v), p.key.stride_row, p.value.stride_row,
-              tile * keys, valid,
-              !checks_finite || rows_are_finite(v, p.value.stride_row, valid, p.shape.value_dim)};
+              tile * keys, valid, !checks_finite || (finite ? finite[tile] : values_are_finite(batch, kv_head, tile))};
     }
     pack(scratch, 0, batch, kv_head, tile);
     return packed(scratch, 0, tile);

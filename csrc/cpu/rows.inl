@@ -59,22 +59,26 @@ INLINE void load_word_rows(Word* words, const T* rows, int64_t stride, int64_t v
 
 // Whether all numbers are finite: 0 * x is 0 for every finite x and NaN for the others.
 template <class T>
-INLINE bool row_is_finite(const T* row, int64_t count) {
-  using E = decltype(to_float(*row));
-  Vec<E> zeros{};
-  int64_t i = 0;
-  for (; i + kLanes<E> <= count; i += kLanes<E>) zeros = fma(widen(row + i), Vec<E>{}, zeros);
+INLINE bool rows_are_finite(const T* rows, int64_t stride, int64_t count_rows, int64_t columns) {
+  using E = decltype(to_float(*rows));
+  Vec<E> zeros[4] = {};  // independent sums hide the latency of one
   E zero = 0;
-  for (; i < count; i++) zero += to_float(row[i]) * 0;
-  for (int lane = 0; lane < kLanes<E>; lane++) zero += zeros[lane];
+  for (int64_t r = 0; r < count_rows; r++) {
+    const T* const row = rows + r * stride;
+    int64_t i = 0;
+    for (; i + 4 * kLanes<E> <= columns; i += 4 * kLanes<E>) {
+      UNROLL for (int k = 0; k < 4; k++) zeros[k] = fma(widen(row + i + k * kLanes<E>), Vec<E>{}, zeros[k]);
+    }
+    for (; i + kLanes<E> <= columns; i += kLanes<E>) zeros[0] = fma(widen(row + i), Vec<E>{}, zeros[0]);
+    for (; i < columns; i++) zero += to_float(row[i]) * 0;
+  }
+  const Vec<E> sum = (zeros[0] + zeros[1]) + (zeros[2] + zeros[3]);
+  for (int lane = 0; lane < kLanes<E>; lane++) zero += sum[lane];
   return zero == 0;
 }
 template <class T>
-INLINE bool rows_are_finite(const T* rows, int64_t stride, int64_t count_rows, int64_t columns) {
-  for (int64_t r = 0; r < count_rows; r++) {
-    if (!row_is_finite(rows + r * stride, columns)) return false;
-  }
-  return true;
+INLINE bool row_is_finite(const T* row, int64_t count) {
+  return rows_are_finite(row, 0, 1, count);
 }
 
 // Number `which` of a word.

@@ -42,6 +42,10 @@ INLINE void store(E* p, Vec<E> v) { *reinterpret_cast<typename VectorOf<E>::unal
 template <class E>
 INLINE Vec<E> splat(E x) { return x - Vec<E>{}; }
 INLINE Vec<uint32_t> splat(uint32_t x) { return x - Vec<uint32_t>{}; }
+INLINE Vec<uint64_t> splat(uint64_t x) { return x - Vec<uint64_t>{}; }
+// An integer in every lane of a vector of as many lanes as Vec<E> has.
+template <class E>
+INLINE IntVec<E> splat_int(int32_t x) { return static_cast<typename IntOf<E>::type>(x) - IntVec<E>{}; }
 
 // One number as a lane of the vector fma would have it.
 template <class E>
@@ -54,10 +58,12 @@ INLINE E fma(E a, E b, E c) requires std::is_floating_point_v<E> {
 #endif
 }
 
-// max(a, b) is b when either is NaN, as on x86.
+// max(a, b) and min(a, b) are b when either is NaN, as on x86.
 #if defined(ATTN_EXT_AVX512)
 INLINE Vec<float> max(Vec<float> a, Vec<float> b) { return (Vec<float>)_mm512_max_ps((__m512)a, (__m512)b); }
 INLINE Vec<double> max(Vec<double> a, Vec<double> b) { return (Vec<double>)_mm512_max_pd((__m512d)a, (__m512d)b); }
+INLINE Vec<float> min(Vec<float> a, Vec<float> b) { return (Vec<float>)_mm512_min_ps((__m512)a, (__m512)b); }
+INLINE Vec<double> min(Vec<double> a, Vec<double> b) { return (Vec<double>)_mm512_min_pd((__m512d)a, (__m512d)b); }
 INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
   return (Vec<float>)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 }
@@ -67,6 +73,8 @@ INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
 #elif defined(ATTN_EXT_AVX2)
 INLINE Vec<float> max(Vec<float> a, Vec<float> b) { return (Vec<float>)_mm256_max_ps((__m256)a, (__m256)b); }
 INLINE Vec<double> max(Vec<double> a, Vec<double> b) { return (Vec<double>)_mm256_max_pd((__m256d)a, (__m256d)b); }
+INLINE Vec<float> min(Vec<float> a, Vec<float> b) { return (Vec<float>)_mm256_min_ps((__m256)a, (__m256)b); }
+INLINE Vec<double> min(Vec<double> a, Vec<double> b) { return (Vec<double>)_mm256_min_pd((__m256d)a, (__m256d)b); }
 INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
   return (Vec<float>)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
 }
@@ -77,9 +85,13 @@ INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
 #if defined(__SSE2__)
 INLINE Vec<float> max(Vec<float> a, Vec<float> b) { return (Vec<float>)_mm_max_ps((__m128)a, (__m128)b); }
 INLINE Vec<double> max(Vec<double> a, Vec<double> b) { return (Vec<double>)_mm_max_pd((__m128d)a, (__m128d)b); }
+INLINE Vec<float> min(Vec<float> a, Vec<float> b) { return (Vec<float>)_mm_min_ps((__m128)a, (__m128)b); }
+INLINE Vec<double> min(Vec<double> a, Vec<double> b) { return (Vec<double>)_mm_min_pd((__m128d)a, (__m128d)b); }
 #else
 template <class V>
 INLINE V max(V a, V b) { return a > b ? a : b; }
+template <class V>
+INLINE V min(V a, V b) { return a < b ? a : b; }
 #endif
 #if defined(__aarch64__)
 INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
@@ -94,11 +106,27 @@ INLINE V fma(V a, V b, V c) { return a * b + c; }
 #endif
 #endif
 
+// x where it is infinite, elsewhere the other.
+#if defined(ATTN_EXT_AVX512)
+INLINE Vec<float> keep_infinities(Vec<float> x, Vec<float> other) {
+  return (Vec<float>)_mm512_mask_mov_ps((__m512)other, _mm512_fpclass_ps_mask((__m512)x, 0x18), (__m512)x);
+}
+INLINE Vec<double> keep_infinities(Vec<double> x, Vec<double> other) {
+  return (Vec<double>)_mm512_mask_mov_pd((__m512d)other, _mm512_fpclass_pd_mask((__m512d)x, 0x18), (__m512d)x);
+}
+#else
+template <class V>
+INLINE V keep_infinities(V x, V other) {
+  return max(x, -x) == std::numeric_limits<std::decay_t<decltype(x[0])>>::infinity() ? x : other;
+}
+#endif
+
 // 2^(x - Shift): x is split into an integer n and a fraction f in [-1/2, 1/2] by adding 1.5 * 2^(mantissa bits), which leaves
-// n + bias in the low bits, in place to become the exponent of 2^n by one shift.  Below the smallest normal number
-// the result is exactly 0 (n + bias = 0), so that masked scores (-inf) get no weight and no subnormal slows the
-// products that follow.  NaN stays NaN.  The polynomials are minimax on the fraction: relative error 7.5e-8
-// (degree 5; 3 ulp with all roundings), 7.5e-5 (degree 3, where the weight is then rounded to bf16: 2e-3).  float64 takes Taylor to 1e-17.
+// n + bias in the low bits, in place to become the exponent of 2^n by one shift.  Below 2^-80 (float64: 2^-900) the result
+// is exactly 0: masked scores (-inf) get no weight, and neither the weights nor their products with numbers of ordinary
+// size are subnormal, which would take a hundred times as long.  NaN stays NaN.  The polynomials are minimax on the
+// fraction: relative error 7.5e-8 (degree 5; 3 ulp with all roundings), 7.5e-5 (degree 3, where the weight is then rounded
+// to bf16: 2e-3).  float64 takes Taylor to 1e-17.
 template <int Degree, int Shift = 0>
 INLINE Vec<float> exp2(Vec<float> x) {
   static constexpr float c5[] = {1.000000072f,    6.931469671e-1f, 2.402211972e-1f,
@@ -107,16 +135,14 @@ INLINE Vec<float> exp2(Vec<float> x) {
   static_assert(Degree == 5 || Degree == 3);
   constexpr const float* c = Degree == 5 ? c5 : c3;
   const Vec<float> magic = splat(12582912.f + (127 - Shift));
-  x = max(splat(static_cast<float>(Shift - 127)), x);
   const Vec<float> t = x + magic, f = x - (t - magic);
   Vec<float> p = splat(c[Degree]);
   UNROLL for (int i = Degree - 1; i >= 0; i--) p = fma(p, f, splat(c[i]));
-  return p * (Vec<float>)((IntVec<float>)t << 23);
+  return x < -80.f ? Vec<float>{} : p * (Vec<float>)((IntVec<float>)t << 23);
 }
 template <int Degree, int Shift = 0>
 INLINE Vec<double> exp2(Vec<double> x) {
   const Vec<double> magic = splat(6755399441055744. + (1023 - Shift));
-  x = max(splat(static_cast<double>(Shift - 1023)), x);
   const Vec<double> t = x + magic, f = (x - (t - magic)) * kLn2;
   Vec<double> p = splat(1. / 6227020800.);  // 1 / 13!
   double factorial = 1. / 6227020800.;
@@ -124,7 +150,7 @@ INLINE Vec<double> exp2(Vec<double> x) {
     factorial *= i;
     p = fma(p, f, splat(factorial));
   }
-  return p * (Vec<double>)((IntVec<double>)t << 52);
+  return x < -900. ? Vec<double>{} : p * (Vec<double>)((IntVec<double>)t << 52);
 }
 
 // log2(x) of positive normal x, NaN of NaN: x = 2^e * y with y in [sqrt(1/2), sqrt(2)), log(y) = 2 atanh((y - 1) / (y + 1)).
@@ -141,6 +167,43 @@ INLINE Vec<E> log2(Vec<E> x) {
   UNROLL for (int k = terms - 2; k >= 0; k--) p = fma(p, s2, splat(E(1) / (2 * k + 1)));
   return fma(p * s, splat(E(2 * kLog2E)), __builtin_convertvector(e, Vec<E>)) + (x - x);
 }
+
+// tanh(x), to a few units in the last place of the result, however small it is.  Near 0 Lambert's continued fraction
+// x / (1 + x^2 / (3 + x^2 / (5 + ...))), by the recurrence of its convergents; elsewhere (e^2x - 1) / (e^2x + 1).
+template <class E>
+INLINE Vec<E> tanh(Vec<E> x) {
+  using V = Vec<E>;
+  constexpr int terms = sizeof(E) == 4 ? 5 : 9;
+  const V x2 = x * x;
+  V a0{}, a1 = x, b0 = splat(E(1)), b1 = b0;
+  UNROLL for (int k = 2; k <= terms; k++) {
+    const V a2 = fma(x2, a0, a1 * E(2 * k - 1)), b2 = fma(x2, b0, b1 * E(2 * k - 1));
+    a0 = a1, a1 = a2, b0 = b1, b1 = b2;
+  }
+  const V limit = splat(E(30));  // beyond it e^2x is all there is; NaN stays NaN
+  const V t = exp2<5>(max(-limit, min(limit, x)) * E(2 * kLog2E));
+  const auto small = max(x, -x) <= E(0.5);
+  return (small ? a1 : t - E(1)) / (small ? b1 : t + E(1));
+}
+
+// Philox (core/dropout.h) with a word in the low half of each 64-bit lane; what the high half holds does not matter.
+struct VectorPhilox {
+  using Word = Vec<uint64_t>;
+  static INLINE Word splat(uint32_t x) { return cpu::splat(static_cast<uint64_t>(x)); }
+  static INLINE Word product(Word a, uint32_t b) {
+#if defined(ATTN_EXT_AVX512)
+    return (Word)_mm512_mul_epu32((__m512i)a, (__m512i)splat(b));
+#elif defined(ATTN_EXT_AVX2)
+    return (Word)_mm256_mul_epu32((__m256i)a, (__m256i)splat(b));
+#elif defined(__SSE2__)
+    return (Word)_mm_mul_epu32((__m128i)a, (__m128i)splat(b));
+#else
+    return (a & 0xffffffff) * static_cast<uint64_t>(b);
+#endif
+  }
+  static INLINE Word high(Word p) { return p >> 32; }
+  static INLINE Word low(Word p) { return p; }
+};
 
 // Transposes a square of kLanes x kLanes elements held in registers: log2(kLanes) rounds of interleaving rows
 // i and i + kLanes / 2.
@@ -166,6 +229,31 @@ INLINE void transpose(Vec<E> (&a)[kLanes<E>]) {
     UNROLL for (int i = 0; i < n; i++) a[i] = b[i];
   }
 }
+
+#if defined(ATTN_EXT_AVX512)
+// The same, by shuffles within quarters and of whole quarters, which overwrite no operand and need no index.
+template <>
+INLINE void transpose<float>(Vec<float> (&a)[16]) {
+  __m512 r[16];  // quarter b of r[4 g + c] is column 4 b + c of rows 4 g .. 4 g + 3
+  UNROLL for (int g = 0; g < 16; g += 4) {
+    const __m512 x = (__m512)a[g], y = (__m512)a[g + 1], z = (__m512)a[g + 2], w = (__m512)a[g + 3];
+    const __m512d xy_low = (__m512d)_mm512_unpacklo_ps(x, y), xy_high = (__m512d)_mm512_unpackhi_ps(x, y);
+    const __m512d zw_low = (__m512d)_mm512_unpacklo_ps(z, w), zw_high = (__m512d)_mm512_unpackhi_ps(z, w);
+    r[g] = (__m512)_mm512_unpacklo_pd(xy_low, zw_low);
+    r[g + 1] = (__m512)_mm512_unpackhi_pd(xy_low, zw_low);
+    r[g + 2] = (__m512)_mm512_unpacklo_pd(xy_high, zw_high);
+    r[g + 3] = (__m512)_mm512_unpackhi_pd(xy_high, zw_high);
+  }
+  UNROLL for (int c = 0; c < 4; c++) {
+    const __m512 low = _mm512_shuffle_f32x4(r[c], r[4 + c], 0x44), high = _mm512_shuffle_f32x4(r[c], r[4 + c], 0xee);
+    const __m512 low2 = _mm512_shuffle_f32x4(r[8 + c], r[12 + c], 0x44), high2 = _mm512_shuffle_f32x4(r[8 + c], r[12 + c], 0xee);
+    a[c] = (Vec<float>)_mm512_shuffle_f32x4(low, low2, 0x88);
+    a[4 + c] = (Vec<float>)_mm512_shuffle_f32x4(low, low2, 0xdd);
+    a[8 + c] = (Vec<float>)_mm512_shuffle_f32x4(high, high2, 0x88);
+    a[12 + c] = (Vec<float>)_mm512_shuffle_f32x4(high, high2, 0xdd);
+  }
+}
+#endif
 
 // kLanes bytes as integers.
 #if defined(ATTN_EXT_AVX512)

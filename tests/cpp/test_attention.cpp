@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "check.h"
+#include "core/dropout.h"
 #include "core/dtype.h"
 #include "cpu/kernel_table.h"
 #include "cpu/openmp_executor.h"
@@ -18,7 +19,8 @@ namespace {
 struct Problem {
   AttentionShape shape;
   int64_t band_upper = MaskParams::no_upper;
-  bool has_lengths = false, has_bias = false;
+  bool has_ranges = false, has_bias = false;
+  bool has_modifiers = false;  // segments, softcap, ALiBi, sinks and dropout
 };
 
 template <class T>
@@ -52,18 +54,34 @@ void compare(const char* isa, const Problem& problem, DType dtype, double tolera
   const auto q = random_tensor<T>(rows * s.head_dim, random), k = random_tensor<T>(keys * s.head_dim, random);
   const auto v = random_tensor<T>(keys * s.value_dim, random), grad = random_tensor<T>(rows * s.value_dim, random);
   const auto bias = random_tensor<float>(s.query_len * s.kv_len, random);
-  std::vector<int64_t> lengths(s.batch);
-  for (int64_t& n : lengths) n = random() % (s.kv_len + 1);
+  std::vector<int64_t> ranges(s.batch * s.query_len * 4);  // two of each row
+  for (int64_t& n : ranges) n = random() % (s.kv_len + 1);
+  std::vector<int32_t> query_ids(s.query_len), key_ids(s.kv_len);
+  for (int32_t& id : query_ids) id = random() % 3;
+  for (int32_t& id : key_ids) id = random() % 3;
+  std::vector<double> slopes(s.heads), sinks(s.heads), grad_sinks(s.heads), expected_grad_sinks(s.heads);
+  for (double& x : slopes) x = 0.1 * (random() % 7);
+  for (double& x : sinks) x = 0.5 * (random() % 5) - 1;
+  std::vector<Statistic> grad_bias(bias.size());
+  std::vector<double> expected_grad_bias(bias.size());
   std::vector<T> out(rows * s.value_dim), dq(q.size()), dk(k.size()), dv(v.size());
   std::vector<Statistic> lse(rows), residual(rows);
 
   ForwardParams forward;
   forward.shape = s;
   forward.dtype = dtype;
-  forward.scale = 1 / std::sqrt(static_cast<double>(s.head_dim));
+  forward.score.scale = 1 / std::sqrt(static_cast<double>(s.head_dim));
   forward.mask.band_upper = problem.band_upper;
-  if (problem.has_lengths) forward.mask.key_lengths = lengths.data();
-  if (problem.has_bias) forward.mask.bias = {bias.data(), 0, 0, s.kv_len, 1};
+  if (problem.has_ranges) forward.mask.key_ranges = {ranges.data(), s.query_len * 4, 4, 2};
+  if (problem.has_bias) forward.score.bias = {bias.data(), 0, 0, s.kv_len, 1};
+  if (problem.has_modifiers) {
+    forward.mask.query_segments.data = query_ids.data();
+    forward.mask.kv_segments.data = key_ids.data();
+    forward.score.softcap = 1.5;
+    forward.score.alibi_slopes = slopes.data();
+    forward.score.sinks = sinks.data();
+    forward.dropout = DropoutParams::of(0.25, 0x123456789abcdef);
+  }
   forward.query = dense<ConstTensorView>(q.data(), s.heads, s.query_len, s.head_dim);
   forward.key = dense<ConstTensorView>(k.data(), s.kv_heads, s.kv_len, s.head_dim);
   forward.value = dense<ConstTensorView>(v.data(), s.kv_heads, s.kv_len, s.value_dim);
@@ -74,13 +92,7 @@ void compare(const char* isa, const Problem& problem, DType dtype, double tolera
   cpu::kernel_table().forward[static_cast<int>(dtype)](forward, executor);
 
   BackwardParams backward;
-  backward.shape = s;
-  backward.dtype = dtype;
-  backward.scale = forward.scale;
-  backward.mask = forward.mask;
-  backward.query = forward.query;
-  backward.key = forward.key;
-  backward.value = forward.value;
+  static_cast<AttentionParams&>(backward) = forward;
   backward.out = dense<ConstTensorView>(out.data(), s.heads, s.query_len, s.value_dim);
   backward.grad_out = dense<ConstTensorView>(grad.data(), s.heads, s.query_len, s.value_dim);
   backward.lse = lse.data();
@@ -88,6 +100,11 @@ void compare(const char* isa, const Problem& problem, DType dtype, double tolera
   backward.grad_query = dense<TensorView>(dq.data(), s.heads, s.query_len, s.head_dim);
   backward.grad_key = dense<TensorView>(dk.data(), s.kv_heads, s.kv_len, s.head_dim);
   backward.grad_value = dense<TensorView>(dv.data(), s.kv_heads, s.kv_len, s.value_dim);
+  if (problem.has_bias) {
+    backward.grad_bias = {grad_bias.data(), 0, 0, s.kv_len, 1};
+    backward.grad_bias_elements = s.query_len * s.kv_len;
+  }
+  if (problem.has_modifiers) backward.grad_sinks = grad_sinks.data();
   cpu::kernel_table().backward[static_cast<int>(dtype)](backward, executor);
 
   std::vector<double> expected(out.size()), expected_dq(q.size()), expected_dk(k.size()), expected_dv(v.size());
@@ -100,12 +117,22 @@ void compare(const char* isa, const Problem& problem, DType dtype, double tolera
   for (size_t row = 0; row < rows; row++) {
     const int64_t i = row % s.query_len, head = row / s.query_len, b = head / s.heads;
     const int64_t first_key = (b * s.kv_heads + head % s.heads / s.group()) * s.kv_len;
-    double top = -INFINITY, sum = 0, delta = 0;
+    const int64_t h = head % s.heads;
+    double top = problem.has_modifiers ? sinks[h] : -INFINITY, sum = 0, delta = 0;
+    std::vector<double> slope(s.kv_len, 1), factor(s.kv_len, 1);  // of the softcap, of dropout
     for (int64_t j = 0; j < s.kv_len; j++) {
-      const bool visible = j - i <= problem.band_upper && (!problem.has_lengths || j < lengths[b]);
-      w[j] = visible ? forward.scale * dot(&q[row * s.head_dim], &k[(first_key + j) * s.head_dim], s.head_dim) +
-                           (problem.has_bias ? bias[i * s.kv_len + j] : 0)
-                     : -INFINITY;
+      const int64_t* r = &ranges[(b * s.query_len + i) * 4];
+      bool visible = j - i <= problem.band_upper;
+      if (problem.has_ranges) visible = visible && ((r[0] <= j && j < r[1]) || (r[2] <= j && j < r[3]));
+      double score = forward.score.scale * dot(&q[row * s.head_dim], &k[(first_key + j) * s.head_dim], s.head_dim);
+      if (problem.has_modifiers) {
+        const double t = std::tanh(score / 1.5);
+        slope[j] = 1 - t * t;
+        score = 1.5 * t - slopes[h] * std::fabs(static_cast<double>(i + s.kv_len - s.query_len - j));
+        factor[j] = keeps_weight(forward.dropout, b, h, i, j) ? forward.dropout.inverse_keep : 0;
+        visible = visible && query_ids[i] == key_ids[j];
+      }
+      w[j] = visible ? score + (problem.has_bias ? bias[i * s.kv_len + j] : 0) : -INFINITY;
       top = std::max(top, w[j]);
     }
     if (top == -INFINITY) {
@@ -113,27 +140,34 @@ void compare(const char* isa, const Problem& problem, DType dtype, double tolera
       continue;
     }
     for (double& x : w) sum += x = std::exp(x - top);
+    const double sink = problem.has_modifiers ? std::exp(sinks[h] - top) : 0;
+    sum += sink;
     CHECK(std::fabs(lse[row] - (top + std::log(sum))) < 2e-3, "%s: lse %g and %g", isa, double(lse[row]), top + std::log(sum));
     for (int64_t d = 0; d < s.value_dim; d++) {
       double& o = expected[row * s.value_dim + d];
-      for (int64_t j = 0; j < s.kv_len; j++) o += w[j] / sum * to_float(v[(first_key + j) * s.value_dim + d]);
+      for (int64_t j = 0; j < s.kv_len; j++) o += factor[j] * w[j] / sum * to_float(v[(first_key + j) * s.value_dim + d]);
       delta += o * to_float(grad[row * s.value_dim + d]);
     }
+    expected_grad_sinks[h] -= sink / sum * delta;
     for (int64_t j = 0; j < s.kv_len; j++) {
       const double weight = w[j] / sum, dp = dot(&grad[row * s.value_dim], &v[(first_key + j) * s.value_dim], s.value_dim);
       for (int64_t d = 0; d < s.value_dim; d++) {
-        expected_dv[(first_key + j) * s.value_dim + d] += weight * to_float(grad[row * s.value_dim + d]);
+        expected_dv[(first_key + j) * s.value_dim + d] += factor[j] * weight * to_float(grad[row * s.value_dim + d]);
       }
+      const double score_gradient = weight * (factor[j] * dp - delta);
+      expected_grad_bias[i * s.kv_len + j] += score_gradient;
       for (int64_t d = 0; d < s.head_dim; d++) {
-        const double ds = forward.scale * weight * (dp - delta);
+        const double ds = forward.score.scale * slope[j] * score_gradient;
         expected_dq[row * s.head_dim + d] += ds * to_float(k[(first_key + j) * s.head_dim + d]);
         expected_dk[(first_key + j) * s.head_dim + d] += ds * to_float(q[row * s.head_dim + d]);
       }
     }
   }
   const double errors[] = {relative_error(out, expected), relative_error(dq, expected_dq), relative_error(dk, expected_dk),
-                           relative_error(dv, expected_dv)};
-  for (int i = 0; i < 4; i++) {
+                           relative_error(dv, expected_dv),
+                           problem.has_bias ? relative_error(grad_bias, expected_grad_bias) : 0,
+                           problem.has_modifiers ? relative_error(grad_sinks, expected_grad_sinks) : 0};
+  for (int i = 0; i < 6; i++) {
     CHECK(errors[i] < tolerance, "%s dtype %d, %ld x %ld, head_dim %ld: error %d is %g", isa, static_cast<int>(dtype),
           s.query_len, s.kv_len, s.head_dim, i, errors[i]);
   }
@@ -155,10 +189,12 @@ int main(int argc, char** argv) {
     problems.push_back(problem);
     problem.band_upper = n[4] - n[3];
     problems.push_back(problem);
-    problem.has_lengths = true;
+    problem.has_ranges = true;
     problems.push_back(problem);
     problem.band_upper = MaskParams::no_upper;
     problem.has_bias = true;
+    problems.push_back(problem);
+    problem.has_modifiers = true;
     problems.push_back(problem);
   }
   for (int i = 0; i < cpu::kIsaCount; i++) {

@@ -10,7 +10,8 @@ using namespace attn_ext;
 namespace {
 
 bool is_visible(const MaskParams& mask, const AttentionShape& shape, int64_t i, int64_t j) {
-  if (j >= shape.kv_len || (mask.key_lengths && j >= mask.key_lengths[0])) return false;
+  if (j >= shape.kv_len) return false;
+  if (mask.key_ranges.data && (j < mask.key_ranges.data[0] || j >= mask.key_ranges.data[1])) return false;
   const __int128 difference = static_cast<__int128>(j) - i;  // bands may be any int64
   return difference >= mask.band_lower && difference <= mask.band_upper;
 }
@@ -64,9 +65,12 @@ int main() {
           mask.band_lower = lower;
           mask.band_upper = upper;
           compare(mask, shape);
-          for (int64_t length : {int64_t{-2}, int64_t{0}, int64_t{3}, kv_len, kv_len + 5}) {
-            mask.key_lengths = &length;
-            compare(mask, shape);
+          for (int64_t begin : {int64_t{0}, int64_t{2}}) {
+            for (int64_t end : {int64_t{-2}, int64_t{0}, int64_t{3}, kv_len, kv_len + 5}) {
+              const int64_t range[2] = {begin, end};
+              mask.key_ranges.data = range;
+              compare(mask, shape);
+            }
           }
         }
       }

@@ -6,6 +6,7 @@
 #if defined(__x86_64__)
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c")
+#include "core/dropout.h"
 #include "core/online_softmax.h"
 #include "cpu/simd.h"
 #include "simd_checks.inl"
