@@ -12,8 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
+import attn_ext
 from benchmarks import __main__ as command_line
 from benchmarks import environment, memory, native, peak, peers, plots, report, timing
+from benchmarks import options as benchmark_options
 from benchmarks.cases import DENSE, OVERHEAD, SUITES, TRAINING, Case
 from benchmarks.contest import time_case
 from benchmarks.correctness import Judge, WrongResultError
@@ -375,3 +377,29 @@ def test_command_line_writes_json_table_and_says_what_is_wrong(tmp_path: Path):
         command_line.parse_arguments(["no_such_suite"])
     with pytest.raises(SystemExit):
         command_line.parse_arguments(["--threads", "0"])
+
+
+def test_every_option_is_checked_and_timed():
+    hasty = timing.Plan(budget=0, most_rounds=1, fewest_rounds=1, least_round=0)
+    for option in benchmark_options.options(64):
+        row = benchmark_options.measure(option, "float32", hasty)
+        assert row[0] == option.name
+        assert all(float(cell) > 0 for cell in row[3:6])
+        assert bool(row[6]) == (option.torch_mask is not None)
+
+
+def test_an_option_that_is_computed_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch):
+    option = next(option for option in benchmark_options.options(512) if option.name == "softcap")
+    attention = attn_ext.attention
+    monkeypatch.setattr(
+        attn_ext, "attention", lambda *inputs, softcap: attention(*inputs, softcap=softcap / 20)
+    )
+    with pytest.raises(RuntimeError, match=r"off by .* of its norm"):
+        benchmark_options.measure(option, "float64", timing.QUICK)
+
+
+def test_options_are_a_markdown_table(capsys: pytest.CaptureFixture[str]):
+    benchmark_options.main(["--quick", "--only", "sinks, backward"])
+    header, rule, *rows = capsys.readouterr().out.splitlines()
+    assert {line.count("|") for line in (header, rule, *rows)} == {8}
+    assert len(rows) == 2
