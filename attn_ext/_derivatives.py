@@ -80,9 +80,9 @@ def _differentiate(
                 *(
                     None
                     if value is None
-                    else _narrow(value, rows).to(dtype)
+                    else _cast(_narrow(value, rows), dtype)
                     if name in _HAS_ROWS or (name == "bias" and bias_has_rows)
-                    else value.to(dtype)
+                    else _cast(value, dtype)
                     for name, value in zip(Inputs._fields, values, strict=True)
                 )
             )
@@ -129,6 +129,14 @@ def _narrow(tensor: Tensor, rows: tuple[int, int]) -> Tensor:
     return tensor.narrow(2, rows[0], rows[1] - rows[0])
 
 
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """In the dtype of the computation; finite numbers stay finite, as a bias of the lowest float64 must."""
+    if tensor.dtype.itemsize <= dtype.itemsize:
+        return tensor.to(dtype)
+    limits = torch.finfo(dtype)
+    return torch.where(tensor.isfinite(), tensor.clamp(limits.min, limits.max), tensor).to(dtype)
+
+
 def _settings(
     inputs: Inputs, options: Options, rows: tuple[int, int], dtype: torch.dtype
 ) -> tuple[Options, Tensor, Tensor | None, Tensor | None]:
@@ -157,15 +165,18 @@ def _differentiate_rows(
     x: Inputs, dx: Inputs, options: Options, visible: Tensor, added: Tensor | None, dropout: Tensor | None
 ) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
     """The derivatives of the module's formula; a name with d is the derivative of what it is without."""
-    query, heads, group = x.query, x.query.size(1), x.query.size(1) // max(1, x.key.size(1))
+    query, kv_heads = x.query, x.key.size(1)
+    group = query.size(1) // max(1, kv_heads)
     key, value = (tensor.repeat_interleave(group, dim=1) for tensor in (x.key, x.value))
     dquery = dx.query
     dkey, dvalue = (
         None if tensor is None else tensor.repeat_interleave(group, dim=1) for tensor in (dx.key, dx.value)
     )
+    softcap = min(max(options.softcap, 2.0**-100), 2.0**100) if options.softcap else 0.0  # as the kernels do
     weights, lse, t = reference.softmax_scores(
-        query, key, visible, options.scale, x.bias, options.softcap, added, x.sinks
+        query, key, visible, options.scale, x.bias, softcap, added, x.sinks
     )
+    dead = lse == -torch.inf
     z = 1 if dropout is None else dropout
 
     da = options.scale * (_product(dquery, key.mT) + _product(query, _t(dkey)))
@@ -176,7 +187,7 @@ def _differentiate_rows(
     dlse = (weights * ds).sum(-1, keepdim=True)
     if x.sinks is not None:
         sinks = x.sinks.view(-1, 1, 1)
-        weight_sink = torch.where(lse == -torch.inf, 0, torch.exp(sinks - lse))
+        weight_sink = torch.exp(sinks - torch.where(dead, 0, lse))  # dead rows have none
         dsinks = 0 if dx.sinks is None else dx.sinks.view(-1, 1, 1)
         dlse = dlse + weight_sink * dsinks
         dweight_sink = weight_sink * (dsinks - dlse)
@@ -186,8 +197,12 @@ def _differentiate_rows(
     if x.grad_out is None:
         return dout, dlse_of_rows, ()
 
-    u, du = x.grad_out, dx.grad_out
-    w, dw = ((0 if tensor is None else tensor.unsqueeze(-1)) for tensor in (x.grad_lse, dx.grad_lse))
+    # Rows with nothing to attend to have no gradient, whatever comes in.
+    u, du = (None if tensor is None else torch.where(dead, 0, tensor) for tensor in (x.grad_out, dx.grad_out))
+    w, dw = (
+        0 if tensor is None else torch.where(dead, 0, tensor.unsqueeze(-1))
+        for tensor in (x.grad_lse, dx.grad_lse)
+    )
     xs = z * (u @ value.mT)
     dxs = z * (_product(du, value.mT) + _product(u, _t(dvalue)))
     d = (weights * xs).sum(-1, keepdim=True) - w
@@ -196,7 +211,7 @@ def _differentiate_rows(
     de = dweights * (xs - d) + weights * (dxs - dd)
     f, df = slope * e, slope * de
     if t is not None:
-        df = df - 2 * t * slope * da * e / options.softcap
+        df = df - 2 * t * slope * da * e / softcap
     grad_query = options.scale * (df @ key + _product(f, dkey))
     grad_key = options.scale * (df.mT @ query + _product(f.mT, dquery))
     grad_value = (dweights * z).mT @ u + _product((weights * z).mT, du)
@@ -206,11 +221,12 @@ def _differentiate_rows(
         grad_sinks = -(dweight_sink * d + weight_sink * dd).sum((0, 2, 3))
 
     def per_kv_head(tensor: Tensor) -> Tensor:
-        return (
-            tensor.reshape(tensor.size(0), heads // group, group, *tensor.shape[2:]).sum(2)
-            if group > 1
-            else tensor
-        )
+        if group == 1:
+            return tensor
+        batch, _, *rest = tensor.shape
+        if group == 0:  # no query head at all
+            return tensor.new_zeros(batch, kv_heads, *rest)
+        return tensor.reshape(batch, kv_heads, group, *rest).sum(2)
 
     return (
         dout,

@@ -62,6 +62,7 @@ class Options(NamedTuple):
 
 
 _OPTION_TENSORS = 8  # the first of them
+_SLOPES = Options._fields.index("alibi_slopes")
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, options: Options) -> tuple[Tensor, Tensor, Tensor]:
@@ -93,11 +94,13 @@ def attend_output(
     )[0]
 
 
-def _differentiable_operator(*tensors: Tensor | None) -> Any:
+def _differentiable_operator(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, sinks: Tensor | None = None
+) -> Any:
     """What to call where a derivative, or a transform that may take one, is at work; None elsewhere."""
-    if _is_functorch_active() or forward_ad._current_level >= 0 or _has_torch_function(*tensors):
+    if _is_functorch_active() or forward_ad._current_level >= 0 or _has_torch_function(query, key, value):
         return attention_forward
-    if _is_grad_enabled() and _any_requires_grad(*tensors):
+    if _is_grad_enabled() and _any_requires_grad(query, key, value, bias, sinks):
         return attention_forward if _is_any_autocast_enabled() else _apply_attention
     return None
 
@@ -229,13 +232,19 @@ class _Function(_SingleLevelFunction):
 def _save(ctx: Any, tensors: tuple[Any, ...], numbers: tuple[Any, ...]) -> None:
     """Keeps tensors, some of them None, where autograd sees them: for backward and for forward mode."""
     ctx.save_for_backward(*tensors)
-    ctx.save_for_forward(*tensors)
+    if forward_ad._current_level >= 0:
+        ctx.save_for_forward(*tensors)
     ctx.numbers = numbers
 
 
 def _saved_for_jvp(ctx: Any) -> list[Tensor | None]:
     """What was saved, without the tangents of this level and with those of the levels of torch.func below."""
     return [None if tensor is None else forward_ad.unpack_dual(tensor).primal for tensor in ctx.saved_tensors]
+
+
+def _reject_gradient_of_slopes(wanted: Any) -> None:
+    if wanted is not None and wanted is not False:
+        raise NotImplementedError("derivatives with respect to alibi_slopes are not implemented")
 
 
 class _Attention(_Function):
@@ -253,6 +262,7 @@ class _Attention(_Function):
     def backward(
         ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, _: None
     ) -> tuple[Tensor | None, ...]:
+        _reject_gradient_of_slopes(ctx.needs_input_grad[3 + _SLOPES])
         if grad_out is None and grad_lse is None:
             return (None,) * (3 + len(Options._fields))
         saved = ctx.saved_tensors
@@ -272,6 +282,7 @@ class _Attention(_Function):
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, Tensor, None]:
         from ._derivatives import Inputs, attention_jvp
 
+        _reject_gradient_of_slopes(tangents[3 + _SLOPES])
         with forward_ad._set_fwd_grad_enabled(True):  # for the levels below
             query, key, value, _, _, _, *options = _saved_for_jvp(ctx)
             inputs = Inputs(query, key, value, *options[:2])
@@ -292,6 +303,7 @@ class _AttentionBackward(_Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         from ._derivatives import Inputs, backward_vjp
 
+        _reject_gradient_of_slopes(ctx.needs_input_grad[8 + _SLOPES])
         inputs, options = _AttentionBackward._inputs(ctx, ctx.saved_tensors)
         grad_out, grad_lse, query, key, value, bias, sinks = backward_vjp(inputs, options, Inputs(*grads))
         derived = (None, None, None)  # out, lse and its residual: their share goes to what they follow from
@@ -309,6 +321,7 @@ class _AttentionBackward(_Function):
     def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor | None, ...]:
         from ._derivatives import Inputs, backward_jvp
 
+        _reject_gradient_of_slopes(tangents[8 + _SLOPES])
         directions = Inputs(*tangents[2:5], *tangents[8:10], *tangents[:2])
         with forward_ad._set_fwd_grad_enabled(True):
             inputs, options = _AttentionBackward._inputs(ctx, _saved_for_jvp(ctx))

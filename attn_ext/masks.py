@@ -422,9 +422,11 @@ def _both(combine: Callable[[Any, Any], Any], a: Any, b: Any) -> Any:
 
 
 def add_biases(a: Tensor, b: Tensor) -> Tensor:
-    """Their sum, which two half-precision numbers may not have room for."""
+    """Their sum, in a precision that has room for it; that of finite numbers is finite."""
     dtype = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
-    return a.to(dtype) + b.to(dtype)
+    total = a.to(dtype) + b.to(dtype)
+    limits = torch.finfo(dtype)
+    return torch.where(a.isfinite() & b.isfinite(), total.clamp(limits.min, limits.max), total)
 
 
 def _ranges(begin: Tensor, end: Tensor) -> Tensor:
@@ -446,16 +448,16 @@ def _intersect_ranges(a: Tensor, b: Tensor) -> Tensor:
 
 def _as_ranges(lowered: LoweredMask, query_len: int, kv_len: int, device: torch.device) -> Tensor:
     """A mask without dense parts as ranges alone."""
-    if lowered.query_segments is not None:
-        _check_contiguous_segments(lowered)
     row = torch.arange(query_len, device=device)
     begin, end = torch.zeros_like(row), torch.full_like(row, kv_len)
     if lowered.band_lower is not None:
         begin = (row + max(lowered.band_lower, -query_len)).clamp(0, kv_len)
     if lowered.band_upper is not None:
         end = (row + min(lowered.band_upper, kv_len) + 1).clamp(0, kv_len)
-    band = _ranges(begin, end)[None]
-    return band if lowered.key_ranges is None else _intersect_ranges(band, lowered.key_ranges)
+    ranges = _ranges(begin, end)[None]
+    if lowered.query_segments is not None:
+        ranges = _intersect_ranges(ranges, _contiguous_segment_ranges(lowered))
+    return ranges if lowered.key_ranges is None else _intersect_ranges(ranges, lowered.key_ranges)
 
 
 def _dense_or(parts: list[LoweredMask], query_len: int, kv_len: int, device: torch.device) -> Tensor:
@@ -498,19 +500,21 @@ def _segment_ranges(query_ids: Tensor, kv_ids: Tensor) -> Tensor:
     return _ranges(begin, torch.where(left == right, begin, end))
 
 
-def _check_contiguous_segments(lowered: LoweredMask) -> None:
+def _contiguous_segment_ranges(lowered: LoweredMask) -> Tensor:
+    """The keys of each query's segment, if they are one run."""
     if torch.compiler.is_compiling():
         raise NotImplementedError("Segments combined with | cannot be traced: pass the mask in from outside")
     ranges = _segment_ranges(lowered.query_segments, lowered.kv_segments)
     begin, end = ranges[..., 0, 0], ranges[..., 0, 1]
     kv_ids = lowered.kv_segments
+    if kv_ids.size(1) == 0:
+        return ranges
     changes = torch.nn.functional.pad((kv_ids[:, 1:] != kv_ids[:, :-1]).cumsum(1), (1, 0))
     changes = changes.expand(begin.size(0), -1)
-    if kv_ids.size(1) == 0:
-        return
     last = changes.gather(1, (end - 1).clamp(min=0))
     if bool((changes.gather(1, begin.clamp(max=kv_ids.size(1) - 1)) != last).logical_and(end > begin).any()):
         raise NotImplementedError("Segments combined with | must be contiguous: one run of keys for each id")
+    return ranges
 
 
 def _as_segment_ids(name: str, ids: Any) -> Tensor:

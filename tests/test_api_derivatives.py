@@ -505,3 +505,41 @@ def test_peak_is_linear_in_length(step: str) -> None:
     )
     peak, scores = int(result.stdout) * 1024, length * length * 8
     assert peak < scores / 2.5, f"{peak / 2**20:.0f} MiB; one score matrix has {scores / 2**20:.0f} MiB"
+
+
+def test_a_bias_beyond_the_precision_hides_nothing():
+    query, key, value = (torch.randn(1, 2, 4, 8) for _ in range(3))
+    bias = torch.full((1, 1, 4, 4), torch.finfo(torch.float64).min, dtype=torch.float64)
+    primal, tangent = torch.func.jvp(
+        lambda v: attn_ext.attention(query, key, v, bias=bias), (value,), (value,)
+    )
+    torch.testing.assert_close(tangent, primal)
+
+
+def test_tangents_of_slopes_are_not_implemented():
+    inputs = [torch.randn(1, 2, 4, 8) for _ in range(3)]
+    slopes = torch.rand(2)
+    with pytest.raises(NotImplementedError, match="alibi_slopes"):
+        torch.func.jvp(lambda s: attn_ext.attention(*inputs, alibi_slopes=s), (slopes,), (slopes,))
+
+
+def test_rows_that_see_nothing_do_not_feel_their_gradient():
+    query, key, value = (torch.randn(1, 2, 4, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    mask = Dense(torch.tensor([False, True, True, True]).view(4, 1))
+    out = attn_ext.attention(query, key, value, mask=mask)
+    grad_out = torch.randn_like(out)
+    grad_out[:, :, 0] = torch.nan
+    grad_out.requires_grad_()
+    grads = torch.autograd.grad(out, (query, key, value), grad_out, create_graph=True)
+    for second in torch.autograd.grad(sum(grad.pow(2).sum() for grad in grads), (query, key, value)):
+        assert second.isfinite().all()
+
+
+def test_second_derivatives_without_query_heads():
+    query = torch.randn(1, 0, 4, 8, dtype=torch.float64, requires_grad=True)
+    key, value = (torch.randn(1, 2, 4, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    grads = torch.autograd.grad(
+        attn_ext.attention(query, key, value).sum(), (query, key, value), create_graph=True
+    )
+    second = torch.autograd.grad(sum(grad.sum() for grad in grads), (key, value))
+    assert all(grad.shape == key.shape and grad.eq(0).all() for grad in second)

@@ -487,3 +487,11 @@ def test_masks_have_a_base():
         assert isinstance(mask & mask, Mask)
     with pytest.raises(NotImplementedError):
         Mask().lower(1, 1, torch.device("cpu"))
+
+
+def test_scattered_segments_that_are_contiguous_together():
+    """The keys that two ids share may be one run where those of each are not."""
+    first = Segments(torch.tensor([1, 2, 1, 9]))
+    second = Segments(torch.tensor([1, 1, 2, 9]))
+    expected = (first & second).to_dense(1, 1, 4, 4)
+    assert torch.equal(((first & second) | Prefix(0)).to_dense(1, 1, 4, 4), expected)

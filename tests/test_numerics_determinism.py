@@ -160,3 +160,13 @@ def test_fork_after_use() -> None:
         child.join(5)
         if child.is_alive():
             child.kill()
+
+
+def test_batch_element_alone_with_the_gradient_of_a_bias() -> None:
+    """Nor do the bits depend on the rest of the batch where it shares a bias."""
+    query, key, value = make_inputs(3, 1, 600, 600, 32)
+    bias = torch.randn(1, 1, 600, 600)
+    together = run(query, key, value, bias=bias, grad_out=value)
+    alone = run(query[:1], key[:1], value[:1], bias=bias, grad_out=value[:1])
+    for name in ("out", "grad_query", "grad_key", "grad_value"):
+        assert torch.equal(together[name][:1], alone[name]), name

@@ -447,3 +447,37 @@ def test_scratch_memory_of_an_earlier_call_is_never_felt(dtype: torch.dtype) -> 
         expected = run(*inputs, **options)
         run(*nans, **{**options, "bias": torch.full((4, 200, 200), torch.nan)})
         assert_same_bits(run(*inputs, **options), expected)
+
+
+@pytest.mark.parametrize("softcap", [1e-300, 1e-46, 1e-20, 1e20, 3e38, 1e300])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_softcaps_of_any_size(dtype: torch.dtype, softcap: float) -> None:
+    """Also of those that float32 has no number for."""
+    inputs = [t.requires_grad_() for t in make_inputs(1, 2, 20, 33, 16, dtype=dtype)]
+    out = attn_ext.attention(*inputs, softcap=softcap)
+    expected = reference.attention(*inputs, softcap=softcap)
+    grads = torch.autograd.grad(out.sum(), inputs)
+    expected_grads = torch.autograd.grad(expected.sum(), inputs)
+    for actual, wanted in zip((out, *grads), (expected, *expected_grads), strict=True):
+        torch.testing.assert_close(actual, wanted.to(dtype))
+
+
+def test_sinks_do_not_feel_gradients_of_rows_that_see_nothing() -> None:
+    query, key, value = make_inputs(1, 2, 40, 33, 16)
+    sinks = torch.randn(2, requires_grad=True)
+    allowed = torch.ones(1, 1, 40, 33, dtype=torch.bool)
+    allowed[:, :, 7] = False
+    grad_out = torch.randn(query.shape)
+    out = attn_ext.attention(query, key, value, mask=attn_ext.Dense(allowed), sinks=sinks)
+    (expected,) = torch.autograd.grad(
+        out, sinks, grad_out.index_fill(2, torch.tensor([7]), 0), retain_graph=True
+    )
+    (actual,) = torch.autograd.grad(out, sinks, grad_out.index_fill(2, torch.tensor([7]), torch.nan))
+    assert torch.equal(actual, expected)
+
+
+def test_a_sum_of_the_lowest_numbers_hides_nothing() -> None:
+    inputs = make_inputs(1, 2, 20, 33, 16)
+    lowest = torch.full((1, 1, 20, 33), torch.finfo(torch.float32).min)
+    twice = attn_ext.attention(*inputs, bias=lowest, mask=attn_ext.Dense(lowest))
+    torch.testing.assert_close(twice, attn_ext.attention(*inputs, bias=lowest))

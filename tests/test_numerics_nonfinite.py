@@ -303,3 +303,14 @@ def test_nan_of_weight_zero_does_not_depend_on_the_length(query_len: int, kv_len
     key, value = torch.zeros(1, 1, kv_len, 16), torch.ones(1, 1, kv_len, 16)
     key[..., 0, 0], key[..., 1, 0], value[..., 0, :] = -100, 100, torch.nan
     assert attn_ext.attention(query, key, value, scale=1).isnan().all()
+
+
+def test_a_bad_key_beside_queries_that_see_nothing_of_its_range() -> None:
+    """With several ranges of keys, some queries of a tile have no part in one: nothing of them is read."""
+    query, key, value = make_inputs(1, 1, 1200, 1200, 16)
+    key[:, :, 450] = torch.nan
+    torch.set_num_threads(2)
+    results = run(query, key, value, mask=attn_ext.Causal())
+    for name in ("out", "grad_query"):
+        assert results[name][:, :, :450].isfinite().all(), name
+        assert results[name][:, :, 450:].isnan().all(), name

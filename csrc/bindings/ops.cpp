@@ -192,6 +192,8 @@ struct Inputs {
     p.mask.band_upper = band_upper.value_or(MaskParams::no_upper);
     STD_TORCH_CHECK(0 <= p.score.softcap && p.score.softcap <= std::numeric_limits<double>::max(),
                     "softcap must be finite and not negative, got ", p.score.softcap);
+    // As good as none, or all there is; and finite in every precision, as is its inverse.
+    if (p.score.softcap > 0) p.score.softcap = std::min(std::max(p.score.softcap, 0x1p-100), 0x1p100);
     if (dropout_p != 0) p.dropout = checked_dropout(dropout_p, dropout_seed);
   }
   static DropoutParams checked_dropout(double p, const Tensor& seed) {

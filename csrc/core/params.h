@@ -62,7 +62,7 @@ struct MaskParams {
 //   s = scale * q.k;   s = softcap * tanh(s / softcap);   s += bias;   s -= slope * |i + kv_len - query_len - j|
 struct ScoreParams {
   double scale = 1;
-  double softcap = 0;                    // 0: none (Gemma 2, 2024)
+  double softcap = 0;                    // 0: none; else 2^-100 to 2^100 (Gemma 2, 2024)
   ConstTensorView bias;                  // of (batch, heads, query_len, kv_len), -inf hides a key; null: none
   DType bias_dtype = DType::float32;     // not boolean
   const double* alibi_slopes = nullptr;  // [batch or 1][heads], or null (Press et al. 2022)

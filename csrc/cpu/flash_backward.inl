@@ -49,8 +49,8 @@ class FlashBackward {
     Acc *lse, *residual, *delta;  // [L]; lse in units of log2, +inf for rows without keys: their weights become 0
     LaneMask<Acc>* mask;
     int64_t* bias_row; // [L]: offsets of the lanes' rows in the gradient of the bias
-    int rows;          // in use, up to a multiple of kRowQuantum
-    bool is_finite;
+    int rows = 0;      // in use, up to a multiple of kRowQuantum
+    bool is_finite = true;
   };
   struct KeyBlock {
     Word *k, *v;       // [keys][k_words], [keys][v_words]
@@ -121,13 +121,12 @@ class FlashBackward {
   }
 
   // ---------------------------------------------------------------- S, P, dP, dS
-  // What a panel and a block of keys have beside their products; null or false where there is nothing of it.
+  // What a panel and a block of keys have beside their products; null where there is nothing of it.
   struct Extras {
     const Acc* terms = nullptr;
     const IntVec<Acc>* kept = nullptr;
     Acc* ds = nullptr;
-    bool masked = false;  // lanes differ in the keys they see
-    bool any() const { return terms || kept || ds || masked; }
+    bool any() const { return terms || kept || ds; }
   };
   // R rows of keys against a panel of queries.  General: whatever there is beside the products; what the mask hides then
   // weighs exactly 0, whatever the hidden numbers are.
@@ -296,6 +295,7 @@ class FlashBackward {
     add_rows(b.dv, v_panels * L, &QueryPanel::g, &Weights::p);
     add_rows(b.dk, k_panels * L, &QueryPanel::q, &Weights::ds);
     for (int i = 0; i < count; i++) {
+      if (c.weights[i].begin == c.weights[i].end) continue;  // and such a panel need not have been packed
       for (int m = 0; m < query[i].rows; m++) {
         for (int64_t d = 0; d < k_panels * L; d++) {
           Acc sum = 0;
@@ -441,8 +441,9 @@ class FlashBackward {
   const int64_t unit_heads = p.grad_bias.data && p.grad_bias.stride_head == 0 ? max_i64(1, shape.kv_heads) : 1;
 
   int64_t range_count() const {
-    // Ranges cost memory, a sum, and packing the queries once more: a few blocks each.
-    const int64_t most = unit_batches * unit_heads > 1 && blocks > 1 ? max_i64(2, blocks / 4) : blocks / 4;
+    // Ranges cost memory, a sum, and packing the queries once more: a few blocks each.  With a gradient of the bias they
+    // may be all there is to run in parallel.
+    const int64_t most = p.grad_bias.data && blocks > 1 ? max_i64(2, blocks / 4) : blocks / 4;
     return max_i64(1, min_i64(div_up(kUnits, div_up(shape.kv_heads, unit_heads)), most));
   }
   // Boundaries of equal work: a block of keys costs the queries that see it.
@@ -538,7 +539,13 @@ class FlashBackward {
         const Acc lse = static_cast<const Acc*>(p.lse)[at];
         if (lse == -std::numeric_limits<Acc>::infinity()) continue;
         const Acc weight = std::exp2((sink - RowStatistics<Acc>::to_log2(lse)) - static_cast<const Acc*>(p.lse_residual)[at]);
-        if (weight != 0) sum -= double(weight) * row_delta(batch, {head, i}, at);
+        if (weight == 0) continue;
+        // A row that sees no key has out 0, and is not to feel its incoming gradient, which may be NaN.
+        const T* out = row_pointer<T>(p.out, batch, WorkRow{head, i});
+        bool is_zero = true;
+        for (int64_t d = 0; d < shape.value_dim && is_zero; d++) is_zero = to_float(out[d]) == 0;
+        const Acc delta = is_zero ? -(p.grad_lse ? static_cast<const Acc*>(p.grad_lse)[at] : Acc(0)) : row_delta(batch, {head, i}, at);
+        sum -= double(weight) * delta;
       }
     }
     return sum;
