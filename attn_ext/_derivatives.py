@@ -88,7 +88,7 @@ def _differentiate(
             )
 
         out, lse, gradients = _differentiate_rows(
-            narrow(inputs), narrow(tangents), *_settings(inputs, options, rows, dtype)
+            narrow(inputs), narrow(tangents), options, *_settings(inputs, options, rows, dtype)
         )
         _append(outs, out)
         _append(lses, lse)
@@ -139,8 +139,8 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _settings(
     inputs: Inputs, options: Options, rows: tuple[int, int], dtype: torch.dtype
-) -> tuple[Options, Tensor, Tensor | None, Tensor | None]:
-    """The options, which pairs of these rows are visible, what ALiBi adds, and the factors of dropout."""
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Which pairs of these rows are visible, what ALiBi adds, and the factors of dropout."""
     batch, heads, query_len, _ = inputs.query.shape
     kv_len = inputs.key.size(2)
     lowered = LoweredMask(
@@ -158,7 +158,7 @@ def _settings(
     if options.dropout_p > 0:
         kept = dropout_mask(options.dropout_seed, options.dropout_p, batch, heads, *rows, kv_len)
         dropout = reference.dropout_factors(kept, options.dropout_p, dtype)
-    return options, visible, added, dropout
+    return visible, added, dropout
 
 
 def _differentiate_rows(

@@ -85,13 +85,25 @@ def attend_output(
 ) -> Tensor:
     """The first of `attend`'s results; without the others where nothing is differentiated."""
     operator = _differentiable_operator(query, key, value, bias)
+    args = query, key, value, bias, mask, key_ranges, scale, band_lower, band_upper
     if operator is None:
-        args = query, key, value, bias, mask, key_ranges, scale, band_lower, band_upper
         return _call_past_autograd(_output_handle, args)
-    return operator(
-        *(query, key, value, bias, None, mask, key_ranges, None, None, None, None),
-        *(scale, 0.0, 0.0, band_lower, band_upper),
-    )[0]
+    return operator(*_with_all_options(*args))[0]
+
+
+def _with_all_options(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    key_ranges: Tensor | None,
+    scale: float,
+    *band: int | None,
+) -> tuple[Any, ...]:
+    """The arguments of `attention_output` as `attention_forward` takes them."""
+    tensors = (query, key, value, bias, None, mask, key_ranges, None, None, None, None)
+    return (*tensors, scale, 0.0, 0.0, *band)
 
 
 def _differentiable_operator(
@@ -366,10 +378,7 @@ def _attention_forward_autograd(*args: Any) -> tuple[Tensor, ...]:
 
 def _attention_output_autograd(*args: Any) -> Tensor:
     if _is_differentiated(args):
-        query, key, value, bias, mask, key_ranges, scale, *band = args
-        return attention_forward(
-            *(query, key, value, bias, None, mask, key_ranges, None, None, None, None, scale, 0.0, 0.0, *band)
-        )[0]
+        return attention_forward(*_with_all_options(*args))[0]
     return _call_below_autograd(attention_output, *args)
 
 
