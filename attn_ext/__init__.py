@@ -3,8 +3,9 @@
     out = attn_ext.scaled_dot_product_attention(query, key, value, is_causal=True)  # torch's signature
     out, lse = attn_ext.attention(query, key, value, mask=Causal() & KeyLengths(lengths), return_lse=True)
 
-`attn_ext.nn` holds modules, `attn_ext.integrations` what other libraries call, `attn_ext.reference` the
-definition of what the kernels compute, and `attn_ext.testing` the tolerances they are held to.
+`attn_ext.nn` holds modules, `attn_ext.patterns` the block masks of the literature, `attn_ext.integrations`
+what other libraries call, `attn_ext.reference` the definition of what the kernels compute, and
+`attn_ext.testing` the tolerances they are held to.
 `python -m attn_ext.info` describes the build and this machine.
 """
 
@@ -16,10 +17,12 @@ from typing import Any
 from ._merge import merge
 from ._override import override_sdpa
 from ._version import __version__
-from .functional import attention, scaled_dot_product_attention
+from .block_mask import BlockMask
+from .functional import attention, block_sparse_attention, scaled_dot_product_attention
 from .masks import Causal, Dense, KeyLengths, Mask, Prefix, Segments, SlidingWindow
 
 __all__ = [
+    "BlockMask",
     "Causal",
     "Dense",
     "KeyLengths",
@@ -29,12 +32,13 @@ __all__ = [
     "SlidingWindow",
     "__version__",
     "attention",
+    "block_sparse_attention",
     "merge",
     "override_sdpa",
     "scaled_dot_product_attention",
 ]
 
-_LAZY_MODULES = ("integrations", "nn", "reference", "testing")
+_LAZY_MODULES = ("integrations", "nn", "patterns", "reference", "testing")
 
 
 def __getattr__(name: str) -> Any:

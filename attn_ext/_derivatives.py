@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from . import reference
+from ._blocks import Blocks
 from ._ops import Options, dropout_mask
 from .masks import LoweredMask
 
@@ -150,6 +151,7 @@ def _settings(
         kv_segments=options.kv_segments,
         band_lower=options.band_lower,
         band_upper=options.band_upper,
+        blocks=None if options.block_offsets is None else Blocks(*options[8:12]),
     )
     visible = lowered.visible(*rows, kv_len, inputs.query.device)
     added = dropout = None

@@ -54,6 +54,10 @@ class Options(NamedTuple):
     kv_segments: Tensor | None = None
     alibi_slopes: Tensor | None = None
     dropout_seed: Tensor | None = None
+    block_offsets: Tensor | None = None  # the fields of _blocks.Blocks
+    block_indices: Tensor | None = None
+    block_tiles: Tensor | None = None
+    block_bits: Tensor | None = None
     scale: float = 1.0
     softcap: float = 0.0
     dropout_p: float = 0.0
@@ -61,7 +65,7 @@ class Options(NamedTuple):
     band_upper: int | None = None
 
 
-_OPTION_TENSORS = 8  # the first of them
+_OPTION_TENSORS = Options._fields.index("scale")  # which follows the tensors
 _SLOPES = Options._fields.index("alibi_slopes")
 
 
@@ -102,8 +106,8 @@ def _with_all_options(
     *band: int | None,
 ) -> tuple[Any, ...]:
     """The arguments of `attention_output` as `attention_forward` takes them."""
-    tensors = (query, key, value, bias, None, mask, key_ranges, None, None, None, None)
-    return (*tensors, scale, 0.0, 0.0, *band)
+    tensors = Options(bias=bias, mask=mask, key_ranges=key_ranges)[:_OPTION_TENSORS]
+    return (query, key, value, *tensors, scale, 0.0, 0.0, *band)
 
 
 def _differentiable_operator(
@@ -459,11 +463,14 @@ def _one_by_one(operator: Any, size: int, in_dims: tuple[int | None, ...], args:
 def _vmap_rule(operator: Any) -> Any:
     """The mapped dimension becomes part of the batch, for which operands that are not mapped are repeated.
 
-    Dropout, whose weights depend on the index in the batch, sinks that are mapped, and gradients that sum
-    over the batch are computed for one after the other.
+    Dropout, whose weights depend on the index in the batch, mapped operands without a batch dimension, and
+    gradients that sum over the batch are computed for one after the other.
     """
     names = [argument.name for argument in operator._schema.arguments]
-    broadcast = {"bias", "mask", "key_ranges", "query_segments", "kv_segments", "alibi_slopes"}
+    broadcast = {
+        *("bias", "mask", "key_ranges", "query_segments", "kv_segments", "alibi_slopes", "block_offsets")
+    }
+    alone = {"sinks", "block_indices", "block_tiles", "block_bits"}  # have no batch dimension
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
         size = info.batch_size
@@ -473,14 +480,14 @@ def _vmap_rule(operator: Any) -> Any:
         batch = query.size(0) if dims["query"] is None else query.movedim(dims["query"], 0).size(1)
         if (
             by_name.get("dropout_p")
-            or dims.get("sinks") is not None
+            or any(dims.get(name) is not None for name in alone)
             or by_name.get("wants_grad_sinks")
             or (by_name.get("wants_grad_bias") and _batch_size(by_name["bias"], dims["bias"]) == 1)
         ):
             return _one_by_one(operator, size, in_dims, args)
         folded = [
             arg
-            if not isinstance(arg, Tensor) or name == "sinks"
+            if not isinstance(arg, Tensor) or name in alone
             else _fold_broadcast(arg, dim, size, batch)
             if name in broadcast
             else _fold(arg, dim, size)

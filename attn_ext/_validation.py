@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .block_mask import BlockMask
 from .masks import FLOAT_DTYPES, Dense, KeyLengths, Mask, Segments, from_causal_bias, is_causal_bias
 
 MAX_HEAD_DIM = 1024
@@ -141,6 +142,13 @@ def _check_mask(mask: Mask, scores: tuple[int, ...], device: torch.device) -> No
         _check_dense_mask("mask Dense", mask.tensor, scores, device)
     elif isinstance(mask, Segments):
         _check_segments(mask, scores, device)
+    elif isinstance(mask, BlockMask):
+        batch, heads, *_ = scores
+        if mask.batch not in (1, batch) or mask.heads not in (1, heads):
+            raise ValueError(
+                f"mask BlockMask must have lists for 1 or {batch} batch entries and 1 or {heads} heads, "
+                f"got {mask.batch} and {mask.heads}"
+            )
     elif isinstance(mask, KeyLengths):
         batch, _, _, kv_len = scores
         lengths = mask.lengths

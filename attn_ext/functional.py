@@ -16,9 +16,10 @@ from torch.compiler import is_compiling
 from . import _validation
 from ._ops import Options, attend, attend_output, attention_forward, attention_output
 from ._validation import BATCH_DIMENSIONS, HEADS, broadcast_shapes
+from .block_mask import BlockMask
 from .masks import FLOAT_DTYPES, LoweredMask, Mask, add_biases, from_causal_bias, is_causal_bias
 
-__all__ = ["attention", "scaled_dot_product_attention"]
+__all__ = ["attention", "block_sparse_attention", "scaled_dot_product_attention"]
 
 
 def scaled_dot_product_attention(
@@ -104,8 +105,8 @@ def attention(
         key: (B, Hkv, Lk, Dk), of the dtype and device of query. Hq is a multiple of Hkv: query head h attends
             to key head h // (Hq // Hkv) (grouped-query attention, Ainslie et al., 2023).
         value: (B, Hkv, Lk, Dv), likewise. 1 <= Dk, Dv <= 1024.
-        mask: None, or `Causal`, `SlidingWindow`, `Prefix`, `KeyLengths`, `Segments` and `Dense` masks,
-            combined with `&` and `|`.
+        mask: None, or `Causal`, `SlidingWindow`, `Prefix`, `KeyLengths`, `Segments`, `Dense` and `BlockMask`
+            masks, combined with `&` and `|`.
         bias: added to the scores, (Lk,) to (B, Hq, Lq, Lk) with any dimension 1 or missing, never expanded;
             float32, float64, float16 or bfloat16. -inf hides a key. Its gradient has its shape and dtype.
             With a floating-point `Dense` mask too, their sum is made first, of the shape they broadcast to.
@@ -146,7 +147,64 @@ def attention(
         raise explanation from None
 
 
+def block_sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    block_mask: BlockMask,
+    *,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: int | Tensor | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention that visits the listed blocks of the score matrix only: `attention(..., mask=block_mask)`.
+
+    Time goes with the number of listed blocks, forward and backward; memory beyond inputs and outputs is
+    O(L). Causal masks, padding and packed documents go into the block mask: ``block_mask & Causal()``,
+    ``& KeyLengths(lengths)``, ``& Segments(ids)``.
+
+    Args:
+        query: (B, Hq, Lq, Dk), float32, float64, float16 or bfloat16.
+        key: (B, Hkv, Lk, Dk), of the dtype and device of query; Hq is a multiple of Hkv.
+        value: (B, Hkv, Lk, Dv), likewise. 1 <= Dk, Dv <= 1024.
+        block_mask: for Lq queries and Lk keys, with lists for one or B batch entries and one or Hq heads;
+            made by the `from_` methods of `BlockMask` and by `attn_ext.patterns`.
+        bias, softcap, alibi_slopes, sinks, dropout_p, dropout_seed, scale, return_lse: as in `attention`. A
+            bias that covers the whole matrix is read in the listed blocks only.
+
+    Returns:
+        As `attention`: out (B, Hq, Lq, Dv), with return_lse (out, lse). Queries without a block have out 0.
+
+    Raises:
+        TypeError: block_mask is no BlockMask, or an argument has a wrong type or dtype.
+        ValueError: block_mask is for other lengths, batch size or heads, or as in `attention`.
+    """
+    if not isinstance(block_mask, BlockMask):
+        hint = "; attention takes other masks" if isinstance(block_mask, Mask) else ""
+        raise TypeError(f"block_mask must be an attn_ext.BlockMask, got {type(block_mask).__name__}{hint}")
+    return attention(
+        query,
+        key,
+        value,
+        mask=block_mask,
+        bias=bias,
+        scale=scale,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        dropout_p=dropout_p,
+        dropout_seed=dropout_seed,
+        return_lse=return_lse,
+    )
+
+
 _NO_MASK = LoweredMask()
+_NO_BLOCKS = (None, None, None, None)
 
 
 def _attend_masked(
@@ -180,7 +238,7 @@ def _attend_masked(
             raise NotImplementedError("alibi_slopes")  # explained by the caller
         alibi_slopes = alibi_slopes.unsqueeze(0) if alibi_slopes.dim() == 1 else alibi_slopes
     if not (softcap or alibi_slopes is not None or sinks is not None or dropout_p or return_lse) and (
-        lowered.query_segments is None
+        lowered.query_segments is lowered.blocks is None
     ):
         return _output(
             query,
@@ -199,10 +257,11 @@ def _attend_masked(
         *lowered[1:5],
         alibi_slopes,
         _seed(dropout_seed, query.device) if dropout_p else None,
+        *(lowered.blocks or _NO_BLOCKS),
         scale,
         softcap or 0.0,
         dropout_p,
-        *lowered[5:],
+        *lowered[5:7],
     )
     out, lse, _ = _attend(query, key, value, options)
     return (out, lse) if return_lse else out

@@ -12,10 +12,12 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+from ._blocks import Blocks, intersection, visible_rows
 
 __all__ = ["Causal", "Dense", "KeyLengths", "Mask", "Prefix", "Segments", "SlidingWindow"]
 
@@ -31,7 +33,7 @@ class LoweredMask(NamedTuple):
     """A mask as the operators take it.  Key j is visible to query i of batch entry b iff
 
     band_lower <= j - i <= band_upper, one of the key_ranges[b, i] holds j, query_segments[b, i] ==
-    kv_segments[b, j], the dense mask is true there and the bias is not -inf.
+    kv_segments[b, j], the dense mask is true there, the bias is not -inf and the blocks let i see j.
     """
 
     bias: Tensor | None = None  # 4-D, each dimension 1 or that of (B, H, Lq, Lk), floating point
@@ -41,31 +43,71 @@ class LoweredMask(NamedTuple):
     kv_segments: Tensor | None = None  # (B or 1, Lk), int32
     band_lower: int | None = None
     band_upper: int | None = None
+    blocks: Blocks | None = None
 
     def visible(self, query_begin: int, query_end: int, kv_len: int, device: Any = None) -> Tensor:
         """Which keys some of the queries see, broadcastable to (B, H, rows, Lk); the bias aside."""
-        column = torch.arange(kv_len, device=device)
+        ranges = queries = keys = dense = None
+        if self.key_ranges is not None:
+            ranges = _rows(self.key_ranges, 1, query_begin, query_end)
+            ranges = ranges[:, None, :, None]  # (B, 1, rows, 1, n, 2)
+        if self.query_segments is not None:
+            queries = self.query_segments[:, None, query_begin:query_end, None]
+            keys = self.kv_segments[:, None, None, :]
+        if self.dense is not None:
+            dense = _rows(self.dense, 2, query_begin, query_end)
         row = torch.arange(query_begin, query_end, device=device).unsqueeze(1)
-        terms = [torch.ones((), dtype=torch.bool, device=device)]
+        column = torch.arange(kv_len, device=device)
+        visible = self._visible(row, column, ranges, queries, keys, dense)
+        if self.blocks is None:
+            return visible
+        return visible & visible_rows(self.blocks, query_begin, query_end, kv_len)
+
+    def visible_pairs(self, batch: Tensor, head: Tensor, row: Tensor, column: Tensor) -> Tensor:
+        """Whether these queries see these keys, all of which broadcast; the bias and the blocks aside."""
+        ranges = queries = keys = dense = None
+        if self.key_ranges is not None:
+            ranges = _look_up(self.key_ranges, batch, row)
+        if self.query_segments is not None:
+            queries = _look_up(self.query_segments, batch, row)
+            keys = _look_up(self.kv_segments, batch, column)
+        if self.dense is not None:
+            dense = _look_up(self.dense, batch, head, row, column)
+        return self._visible(row, column, ranges, queries, keys, dense)
+
+    def _visible(
+        self,
+        row: Tensor,
+        column: Tensor,
+        ranges: Tensor | None,
+        queries: Tensor | None,
+        keys: Tensor | None,
+        dense: Tensor | None,
+    ) -> Tensor:
+        """From the ranges of the rows, the segments of both and the dense mask of the pairs."""
+        terms = [torch.ones((), dtype=torch.bool, device=row.device)]
         if self.band_lower is not None:
             terms.append(column - row >= self.band_lower)
         if self.band_upper is not None:
             terms.append(column - row <= self.band_upper)
-        if self.key_ranges is not None:
-            ranges = _rows(self.key_ranges, 1, query_begin, query_end).unsqueeze(1)  # (B, 1, rows, n, 2)
-            inside = (column >= ranges[..., :1]) & (column < ranges[..., 1:])  # (B, 1, rows, n, Lk)
-            terms.append(inside.any(-2))
-        if self.query_segments is not None:
-            queries = self.query_segments[:, None, query_begin:query_end, None]
-            terms.append(queries == self.kv_segments[:, None, None, :])
-        if self.dense is not None:
-            terms.append(_rows(self.dense, 2, query_begin, query_end))
+        if ranges is not None:
+            inside = [(column >= one[..., 0]) & (column < one[..., 1]) for one in ranges.unbind(-2)]
+            terms.append(reduce(torch.logical_or, inside))
+        if queries is not None:
+            terms.append(queries == keys)
+        if dense is not None:
+            terms.append(dense)
         return reduce(torch.logical_and, terms)
 
 
 def _rows(tensor: Tensor, dim: int, begin: int, end: int) -> Tensor:
     """Some of the rows, or the one that stands for all."""
     return tensor if tensor.size(dim) == 1 else tensor.narrow(dim, begin, end - begin)
+
+
+def _look_up(tensor: Tensor, *indices: Tensor) -> Tensor:
+    """tensor[indices], where a dimension of size 1 stands for any size."""
+    return tensor[tuple(index * (size > 1) for index, size in zip(indices, tensor.shape, strict=False))]
 
 
 class Mask:
@@ -75,13 +117,15 @@ class Mask:
     either allows. `&` binds closer.
     """
 
+    absorbs: ClassVar[bool] = False  # whether `&` and `|` with it are its own to define, from either side
+
     def __and__(self, other: Mask) -> Mask:
-        if not isinstance(other, Mask):
+        if not isinstance(other, Mask) or other.absorbs:
             return NotImplemented
         return Conjunction(_flatten(Conjunction, self, other))
 
     def __or__(self, other: Mask) -> Mask:
-        if not isinstance(other, Mask):
+        if not isinstance(other, Mask) or other.absorbs:
             return NotImplemented
         return Disjunction(_flatten(Disjunction, self, other))
 
@@ -362,9 +406,11 @@ class Disjunction(_Combination):
         lowered = [mask.lower(query_len, kv_len, device) for mask in self.masks]
         if any(part.bias is not None for part in lowered):
             raise TypeError("masks combined with | must be boolean, got a floating-point Dense mask")
+        if any(part.blocks is not None for part in lowered):
+            raise TypeError("a BlockMask within | must be combined by its own operator: block_mask | mask")
         if any(part.dense is not None for part in lowered):
             return LoweredMask(dense=_dense_or(lowered, query_len, kv_len, device))
-        parts = [_as_ranges(part, query_len, kv_len, device) for part in lowered]
+        parts = [as_ranges(part, query_len, kv_len, device) for part in lowered]
         batch = max(part.size(0) for part in parts)
         ranges = torch.cat([part.expand(batch, query_len, -1, 2) for part in parts], dim=2)
         if ranges.size(2) > MAX_RANGES:
@@ -411,6 +457,7 @@ def _lowered_and(a: LoweredMask, b: LoweredMask) -> LoweredMask:
         kv_segments=kv_segments,
         band_lower=_both(torch.sym_max, a.band_lower, b.band_lower),
         band_upper=_both(torch.sym_min, a.band_upper, b.band_upper),
+        blocks=_both(intersection, a.blocks, b.blocks),
     )
 
 
@@ -446,7 +493,7 @@ def _intersect_ranges(a: Tensor, b: Tensor) -> Tensor:
     return ranges
 
 
-def _as_ranges(lowered: LoweredMask, query_len: int, kv_len: int, device: torch.device) -> Tensor:
+def as_ranges(lowered: LoweredMask, query_len: int, kv_len: int, device: torch.device) -> Tensor:
     """A mask without dense parts as ranges alone."""
     row = torch.arange(query_len, device=device)
     begin, end = torch.zeros_like(row), torch.full_like(row, kv_len)

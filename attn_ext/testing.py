@@ -14,6 +14,7 @@ Neither of the two bounds contains a hand-picked tolerance.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import math
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from torch import Tensor
 
 import attn_ext
 from attn_ext import _C, reference
+from attn_ext.block_mask import BlockMask
 from attn_ext.masks import Conjunction, Dense, Mask, add_biases
 
 __all__ = ["assert_within_rule", "available_isas", "check_attention", "dropout_mask", "use_isa"]
@@ -476,6 +478,8 @@ def _replace_added(mask: Mask, tensors: Iterator[Tensor]) -> Mask:
     """The mask with other tensors in its floating-point parts."""
     if isinstance(mask, Conjunction):
         return Conjunction(tuple(_replace_added(part, tensors) for part in mask.masks))
+    if isinstance(mask, BlockMask) and mask.rule is not None:
+        return dataclasses.replace(mask, rule=_replace_added(mask.rule, tensors))
     return Dense(next(tensors)) if _is_added(mask) else mask
 
 

@@ -100,7 +100,8 @@ def run(
 
 # What `make_options` knows, and which of it is a mask.
 FEATURES = ("bias", "softcap", "alibi", "sinks", "dropout", "additive")
-MASKS = ("causal", "window", "prefix", "key_lengths", "segments", "boolean")
+MASKS = ("causal", "window", "prefix", "key_lengths", "segments", "boolean", "blocks")
+BLOCK_SIZES = (16, 32, 48, 64, 128, 208, 256)
 BIAS_SHAPES = tuple(itertools.product((False, True), repeat=4))
 
 
@@ -158,8 +159,31 @@ def make_mask(
         return attn_ext.Segments(torch.randint(3, (batch, query_len)), torch.randint(3, (batch, kv_len)))
     if name == "boolean":
         return attn_ext.Dense(torch.rand(batch, 1, query_len, kv_len) < 0.75)
+    if name == "blocks":
+        sizes = (generator.choice((1, batch)), generator.choice((1, sizes[1])), query_len, kv_len)
+        block_size = generator.choice(BLOCK_SIZES), generator.choice(BLOCK_SIZES)
+        return make_block_mask(sizes, block_size, density=generator.choice((0.3, 0.7)))
     assert name == "additive"
     return attn_ext.Dense(make_bias(sizes, generator.choice(BIAS_SHAPES), dtype).requires_grad_())
+
+
+def make_block_mask(
+    sizes: tuple[int, ...], block_size: tuple[int, int], density: float, partial: float = 0.5
+) -> attn_ext.BlockMask:
+    """Random blocks, `density` of them there and `partial` of these with random elements."""
+    counts = [-(-length // size) for length, size in zip(sizes[2:], block_size, strict=True)]
+    listed = torch.rand(*sizes[:2], *counts) < density
+    full = torch.rand(listed.shape) >= partial
+    elements = torch.rand(sizes) < 0.5
+
+    def visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        # Blocks may reach beyond the last query and key: what is said there is not to matter.
+        block = b, h, q // block_size[0], k // block_size[1]
+        return listed[block] & (full[block] | elements[b, h, q % sizes[2], k % sizes[3]])
+
+    return attn_ext.BlockMask.from_predicate(
+        visible, *sizes[2:], batch=sizes[0], heads=sizes[1], block_size=block_size
+    )
 
 
 def assert_same_bits(actual: dict[str, Tensor], expected: dict[str, Tensor], *names: str) -> None:

@@ -46,6 +46,18 @@ VISIBLE = torch.ones(1, 1, LQ, LK, dtype=torch.bool)
 RANGES = torch.tensor([[[[0, LK]]]])
 IDS = torch.zeros(1, LK, dtype=torch.int32)
 SEED = torch.tensor(1)
+# One row of 5 queries, which sees the one block of 7 keys.
+BLOCKS = {
+    "block_offsets": torch.tensor([[[0, 1]]]),
+    "block_indices": torch.zeros(1, dtype=torch.int32),
+    "block_tiles": torch.full((1,), -1, dtype=torch.int32),
+    "block_bits": torch.zeros(0, 16, 2, dtype=torch.uint8),
+}
+
+
+def int32(*numbers: int) -> torch.Tensor:
+    return torch.tensor(numbers, dtype=torch.int32)
+
 
 BAD_FORWARD = {
     "3-D query": ({"query": torch.randn(H, LQ, DK)}, "query must have 4 dimensions"),
@@ -104,6 +116,48 @@ BAD_FORWARD = {
     ),
     "seed dtype": ({"dropout_p": 0.5, "dropout_seed": SEED.int()}, "dropout_seed must be one int64"),
     "seed dimensions": ({"dropout_p": 0.5, "dropout_seed": SEED[None]}, "dropout_seed must be one int64"),
+    **{f"blocks without {name}": ({**BLOCKS, name: None}, "block_bits go together") for name in BLOCKS},
+    **{
+        f"blocks: {name}": ({**BLOCKS, **changes}, message)
+        for name, (changes, message) in {
+            "offsets dtype": (
+                {"block_offsets": BLOCKS["block_offsets"].int()},
+                "block_offsets must be int64",
+            ),
+            "indices dtype": ({"block_indices": torch.zeros(1)}, "block_indices and block_tiles int32"),
+            "tiles dtype": ({"block_tiles": torch.zeros(1)}, "block_indices and block_tiles int32"),
+            "bits dtype": ({"block_bits": torch.zeros(0, 16, 2)}, "block_bits uint8"),
+            "offsets rows": ({"block_offsets": torch.tensor([[[0, 0, 1]]])}, "block_offsets must be"),
+            "offsets batch": ({"block_offsets": torch.zeros(3, 1, 2, dtype=torch.int64)}, "must be"),
+            "offsets heads": ({"block_offsets": torch.zeros(1, 3, 2, dtype=torch.int64)}, "must be"),
+            "offsets dimensions": ({"block_offsets": torch.tensor([[0, 1]])}, "must have 3 dimensions"),
+            "offsets beyond": ({"block_offsets": torch.tensor([[[0, 2]]])}, "must rise from 0 to 1"),
+            "offsets before": ({"block_offsets": torch.tensor([[[-1, 1]]])}, "must rise from 0 to 1, got -1"),
+            "offsets falling": ({"block_offsets": torch.tensor([[[1, 0]]])}, "must rise from 0 to 1"),
+            "index beyond": (
+                {"block_indices": int32(1)},
+                "block_indices of a row must rise and be from 0 to 0",
+            ),
+            "negative index": ({"block_indices": int32(-1)}, "block_indices of a row must rise"),
+            "index twice": (
+                {
+                    "block_offsets": torch.tensor([[[0, 2]]]),
+                    "block_indices": int32(0, 0),
+                    "block_tiles": int32(-1, -1),
+                },
+                "block_indices of a row must rise",
+            ),
+            "tile beyond": ({"block_tiles": int32(0)}, "block_tiles must be from -1 to -1, got 0"),
+            "tile before": ({"block_tiles": int32(-2)}, "block_tiles must be from -1 to -1, got -2"),
+            "tiles size": ({"block_tiles": int32(-1, -1)}, "block_tiles must have shape"),
+            "no size": ({"block_bits": torch.zeros(0, 16, 0, dtype=torch.uint8)}, "a multiple of 16 queries"),
+            "odd size": (
+                {"block_bits": torch.zeros(0, 24, 2, dtype=torch.uint8)},
+                "a multiple of 16 queries",
+            ),
+            "huge size": ({"block_bits": torch.zeros(0, 2**17, 2, dtype=torch.uint8)}, "multiple of 16"),
+        }.items()
+    },
 }
 
 BAD_BACKWARD = {

@@ -21,6 +21,10 @@ def additive(allowed: Tensor) -> Tensor:
     return torch.zeros(allowed.shape).masked_fill(~allowed, -torch.inf)
 
 
+def as_blocks(allowed: Tensor) -> attn_ext.BlockMask:
+    return attn_ext.BlockMask.from_mask(attn_ext.Dense(allowed), *allowed.shape[-2:], block_size=(32, 16))
+
+
 def hiding_masks(lengths: list[int], query_len: int, kv_len: int) -> dict[str, object]:
     """Masks that all hide, from every query of batch element b, the keys from lengths[b] on."""
     allowed = (torch.arange(kv_len) < torch.tensor(lengths).unsqueeze(-1)).view(len(lengths), 1, 1, kv_len)
@@ -29,12 +33,13 @@ def hiding_masks(lengths: list[int], query_len: int, kv_len: int) -> dict[str, o
         "boolean": attn_ext.Dense(allowed),
         "boolean_full": attn_ext.Dense(allowed.expand(-1, -1, query_len, -1).contiguous()),
         "additive": attn_ext.Dense(additive(allowed)),
+        "blocks": as_blocks(allowed.expand(-1, -1, query_len, -1)),
     }
 
 
 @pytest.mark.parametrize("bad", BAD_VALUES)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", ["key_lengths", "boolean", "boolean_full", "additive"])
+@pytest.mark.parametrize("kind", ["key_lengths", "boolean", "boolean_full", "additive", "blocks"])
 def test_hidden_keys_and_values_are_never_felt(kind: str, dtype: torch.dtype, bad: float) -> None:
     lengths, query_len, kv_len = [33, 100, 0], 37, 131
     query, key, value = make_inputs(3, 4, query_len, kv_len, 24, group=2, dtype=dtype)
@@ -63,7 +68,7 @@ def test_keys_hidden_from_all_by_the_causal_mask_are_never_felt(dtype: torch.dty
 @pytest.mark.parametrize("where", ["key", "value", "both"])
 @pytest.mark.parametrize("bad", BAD_VALUES)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", ["causal", "boolean", "additive"])
+@pytest.mark.parametrize("kind", ["causal", "boolean", "additive", "blocks"])
 def test_rows_that_do_not_see_a_bad_key_are_unharmed(
     kind: str, dtype: torch.dtype, bad: float, where: str
 ) -> None:
@@ -75,6 +80,7 @@ def test_rows_that_do_not_see_a_bad_key_are_unharmed(
         "causal": attn_ext.Causal(align="top_left"),
         "boolean": attn_ext.Dense(allowed),
         "additive": attn_ext.Dense(additive(allowed)),
+        "blocks": as_blocks(allowed),
     }[kind]
     expected = run(query, key, value, mask=mask)
     if where != "value":
@@ -87,7 +93,7 @@ def test_rows_that_do_not_see_a_bad_key_are_unharmed(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", ["none", "causal", "key_lengths", "boolean", "additive"])
+@pytest.mark.parametrize("kind", ["none", "causal", "key_lengths", "boolean", "additive", "blocks"])
 def test_scratch_memory_of_an_earlier_call_is_never_felt(kind: str, dtype: torch.dtype) -> None:
     """What lies beyond the last row of a tile is whatever the call before left there: NaN, here."""
     nans = tuple(torch.full((1, 2, 300, 64), torch.nan, dtype=dtype) for _ in range(3))
@@ -100,6 +106,7 @@ def test_scratch_memory_of_an_earlier_call_is_never_felt(kind: str, dtype: torch
             "key_lengths": attn_ext.KeyLengths([kv_len // 2]),
             "boolean": attn_ext.Dense(allowed),
             "additive": attn_ext.Dense(additive(allowed)),
+            "blocks": as_blocks(allowed),
         }[kind]
         expected = run(*inputs, mask=mask)
         run(*nans)
@@ -146,7 +153,7 @@ def test_nan_in_an_attended_value_stays_in_its_column(dtype: torch.dtype) -> Non
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", ["boolean", "additive", "key_lengths"])
+@pytest.mark.parametrize("kind", ["boolean", "additive", "key_lengths", "blocks"])
 def test_fully_masked_rows(kind: str, dtype: torch.dtype) -> None:
     query, key, value = make_inputs(2, 2, 40, 60, 16, dtype=dtype)
     if kind == "key_lengths":
@@ -155,7 +162,11 @@ def test_fully_masked_rows(kind: str, dtype: torch.dtype) -> None:
     else:
         dead = torch.rand(2, 2, 40) < 0.3
         allowed = ~dead.unsqueeze(-1).expand(2, 2, 40, 60)
-        mask = attn_ext.Dense(allowed if kind == "boolean" else additive(allowed))
+        mask = {
+            "boolean": attn_ext.Dense(allowed),
+            "additive": attn_ext.Dense(additive(allowed)),
+            "blocks": as_blocks(allowed),
+        }[kind]
     results = run(query, key, value, mask=mask, grad_lse=torch.randn(2, 2, 40))
     assert (results["out"][dead] == 0).all()
     assert (results["lse"][dead] == -torch.inf).all()
@@ -261,13 +272,17 @@ def test_subnormal_inputs(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dead", [1, 100, 600, 1030])
-@pytest.mark.parametrize("kind", ["boolean", "additive"])
+@pytest.mark.parametrize("kind", ["boolean", "additive", "blocks"])
 def test_dead_keys_before_live_ones(dtype: torch.dtype, dead: int, kind: str) -> None:
     """Whole tiles without a visible key: the running maximum is still -inf when the first live key comes."""
     query, key, value = make_inputs(1, 1, 20, 1100, 16, dtype=dtype)
     allowed = (torch.arange(1100) >= dead).expand(1, 1, 20, 1100).contiguous()
-    mask = allowed if kind == "boolean" else additive(allowed)
-    check_attention(query, key, value, mask=attn_ext.Dense(mask))
+    mask = {
+        "boolean": attn_ext.Dense(allowed),
+        "additive": attn_ext.Dense(additive(allowed)),
+        "blocks": as_blocks(allowed),
+    }[kind]
+    check_attention(query, key, value, mask=mask)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

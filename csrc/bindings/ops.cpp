@@ -133,9 +133,72 @@ MaskParams::SegmentIds checked_segments(Tensor& ids, const char* name, int64_t b
   return {static_cast<const int32_t*>(ids.data()), ids.size(0) == 1 ? 0 : length};
 }
 
+// The tensors of a block mask.  Everything in them is looked at: kernels follow the lists without a second look.
+struct BlockTensors {
+  Tensor offsets, indices, tiles, bits;
+
+  void take(Arguments& arguments) {
+    offsets = arguments.optional_tensor(), indices = arguments.optional_tensor();
+    tiles = arguments.optional_tensor(), bits = arguments.optional_tensor();
+  }
+  MaskParams::BlockLists check(const AttentionShape& shape) {
+    const bool all = offsets && indices && tiles && bits;
+    STD_TORCH_CHECK(all || !(offsets || indices || tiles || bits),
+                    "block_offsets, block_indices, block_tiles and block_bits go together");
+    if (!all) return {};
+    check_cpu(offsets, "block_offsets"), check_cpu(indices, "block_indices");
+    check_cpu(tiles, "block_tiles"), check_cpu(bits, "block_bits");
+    check_dim(offsets, "block_offsets", 3), check_dim(indices, "block_indices", 1), check_dim(bits, "block_bits", 3);
+    STD_TORCH_CHECK(offsets.dtype_code() == aoti_torch_dtype_int64() && indices.dtype_code() == aoti_torch_dtype_int32() &&
+                        tiles.dtype_code() == aoti_torch_dtype_int32() && bits.dtype_code() == aoti_torch_dtype_uint8(),
+                    "block_offsets must be int64, block_indices and block_tiles int32, and block_bits uint8");
+    const int64_t kv_block = bits.size(1), query_block = 8 * bits.size(2);
+    for (int64_t size : {query_block, kv_block})
+      STD_TORCH_CHECK(16 <= size && size <= kMaxBlock && size % 16 == 0, "blocks must be a multiple of 16 queries and keys, up to ",
+                      kMaxBlock, ", got ", query_block, " x ", kv_block);
+    const int64_t rows = (shape.query_len + query_block - 1) / query_block, columns = (shape.kv_len + kv_block - 1) / kv_block;
+    const int64_t batch = offsets.size(0), heads = offsets.size(1);
+    STD_TORCH_CHECK((batch == 1 || batch == shape.batch) && (heads == 1 || heads == shape.heads) && offsets.size(2) == rows + 1,
+                    "block_offsets must be (", shape.batch, " or 1, ", shape.heads, " or 1, ", rows + 1, "), got ",
+                    shape_string(offsets));
+    check_shape(tiles, "block_tiles", {indices.size(0)});
+    offsets = contiguous(std::move(offsets)), indices = contiguous(std::move(indices));
+    tiles = contiguous(std::move(tiles)), bits = contiguous(std::move(bits));
+    const MaskParams::BlockLists lists{.offsets = static_cast<const int64_t*>(offsets.data()),
+                                       .stride_batch = batch == 1 ? 0 : heads * (rows + 1),
+                                       .stride_head = heads == 1 ? 0 : rows + 1,
+                                       .indices = static_cast<const int32_t*>(indices.data()),
+                                       .tiles = static_cast<const int32_t*>(tiles.data()),
+                                       .bits = static_cast<const uint8_t*>(bits.data()),
+                                       .query_block = static_cast<int>(query_block),
+                                       .kv_block = static_cast<int>(kv_block)};
+    for (int64_t list = 0; list < batch * heads; ++list)
+      for (int64_t row = 0; row < rows; ++row)
+        check_row(lists, lists.offsets + list * (rows + 1) + row, indices.size(0), columns, bits.size(0));
+    return shape.query_len && shape.kv_len ? lists : MaskParams::BlockLists();
+  }
+
+ private:
+  static constexpr int64_t kMaxBlock = 1 << 16;
+
+  static void check_row(const MaskParams::BlockLists& lists, const int64_t* row, int64_t count, int64_t columns, int64_t tiles) {
+    STD_TORCH_CHECK(0 <= row[0] && row[0] <= row[1] && row[1] <= count, "block_offsets must rise from 0 to ", count, ", got ",
+                    row[0], " before ", row[1]);
+    int64_t last = -1;
+    for (int64_t i = row[0]; i < row[1]; ++i) {
+      STD_TORCH_CHECK(last < lists.indices[i] && lists.indices[i] < columns,
+                      "block_indices of a row must rise and be from 0 to ", columns - 1, ", got ", lists.indices[i]);
+      STD_TORCH_CHECK(-1 <= lists.tiles[i] && lists.tiles[i] < tiles, "block_tiles must be from -1 to ", tiles - 1, ", got ",
+                      lists.tiles[i]);
+      last = lists.indices[i];
+    }
+  }
+};
+
 // What forward and backward share, in the order of the schemas.  Owns what the params point to.
 struct Inputs {
   Tensor query, key, value, bias, sinks, mask, key_ranges, query_segments, kv_segments, alibi_slopes, dropout_seed;
+  BlockTensors blocks;
 
   void take_tensors(Arguments& arguments) {
     query = arguments.tensor(), key = arguments.tensor(), value = arguments.tensor();
@@ -145,6 +208,7 @@ struct Inputs {
     key_ranges = arguments.optional_tensor(), query_segments = arguments.optional_tensor();
     kv_segments = arguments.optional_tensor(), alibi_slopes = arguments.optional_tensor();
     dropout_seed = arguments.optional_tensor();
+    blocks.take(arguments);
   }
   void check(AttentionParams& p) {
     p.dtype = compute_dtype(query);
@@ -170,6 +234,7 @@ struct Inputs {
       p.mask.query_segments = checked_segments(query_segments, "query_segments", shape.batch, shape.query_len);
       p.mask.kv_segments = checked_segments(kv_segments, "kv_segments", shape.batch, shape.kv_len);
     }
+    p.mask.blocks = blocks.check(shape);
     if (alibi_slopes) {
       check_rows(alibi_slopes, "alibi_slopes", shape.batch, shape.heads);
       alibi_slopes = contiguous(converted(std::move(alibi_slopes), DType::float64));
@@ -340,7 +405,8 @@ void dropout_mask(StableIValue* stack, uint64_t, uint64_t) {
 // What the two operators that know everything share.
 #define ATTN_EXT_OPTIONS                                                                                        \
   "Tensor? bias, Tensor? sinks, Tensor? mask, Tensor? key_ranges, Tensor? query_segments, Tensor? kv_segments, " \
-  "Tensor? alibi_slopes, Tensor? dropout_seed, float scale, float softcap, float dropout_p, SymInt? band_lower, " \
+  "Tensor? alibi_slopes, Tensor? dropout_seed, Tensor? block_offsets, Tensor? block_indices, "                  \
+  "Tensor? block_tiles, Tensor? block_bits, float scale, float softcap, float dropout_p, SymInt? band_lower, " \
   "SymInt? band_upper"
 
 STABLE_TORCH_LIBRARY(attn_ext, library) {

@@ -2,7 +2,7 @@
 // intersection of them lets query i see one interval of keys, [lo, hi); a union, a few.  A tile of queries is then
 // described by two intervals for each of them: keys that any of its queries sees, and keys that all of them see.  Tiles
 // of keys are skipped outside the first, taken whole inside the second, and only what lies between needs a look at
-// single elements.
+// single elements.  Blocks of keys that are listed one by one (MaskParams::BlockLists) come on top.
 #pragma once
 #include "core/host_device.h"
 #include "core/params.h"
@@ -21,11 +21,11 @@ ATTN_HD int64_t max_i64(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // Whether any part of the mask or the bias can hide a key from a query.
 ATTN_HD bool may_hide_keys(const AttentionParams& p) {
-  return p.mask.key_ranges.data || p.mask.query_segments.data || p.mask.dense.data || p.score.bias.data ||
-         p.mask.band_lower > -p.shape.query_len || p.mask.band_upper < p.shape.kv_len;
+  return p.mask.key_ranges.data || p.mask.query_segments.data || p.mask.blocks.offsets || p.mask.dense.data ||
+         p.score.bias.data || p.mask.band_lower > -p.shape.query_len || p.mask.band_upper < p.shape.kv_len;
 }
 
-// The keys of range r that query i of a batch element may attend to (segments and dense masks aside).  Bands may be
+// The keys of range r that query i of a batch element may attend to (segments, blocks and dense masks aside).  Bands may be
 // anything an int64 holds: they are brought next to [-query_len, kv_len] before they are added to an index.
 ATTN_HD KeyInterval visible_keys(const MaskParams& mask, const AttentionShape& shape, int64_t batch, int64_t i, int r = 0) {
   KeyInterval keys{0, shape.kv_len};
@@ -40,6 +40,24 @@ ATTN_HD KeyInterval visible_keys(const MaskParams& mask, const AttentionShape& s
   if (keys.hi < 0) keys.hi = 0;
   if (keys.lo > keys.hi) keys.lo = keys.hi;
   return keys;
+}
+
+// How many blocks the lists of one batch element and head have for the queries [first, last); first < last.
+ATTN_HD int64_t listed_blocks(const MaskParams::BlockLists& blocks, int64_t batch, int64_t head, int64_t first, int64_t last) {
+  return blocks.row(batch, head, last - 1)[1] - blocks.row(batch, head, first)[0];
+}
+// The share of the score matrix that is in a block.
+ATTN_HD double listed_share(const AttentionParams& p) {
+  const MaskParams::BlockLists& blocks = p.mask.blocks;
+  if (!blocks.offsets || p.shape.query_len == 0 || p.shape.kv_len == 0) return 1;
+  const int64_t batch = blocks.stride_batch ? p.shape.batch : 1, heads = blocks.stride_head ? p.shape.heads : 1;
+  double listed = 0;
+  for (int64_t b = 0; b < batch; b++) {
+    for (int64_t h = 0; h < heads; h++) listed += static_cast<double>(listed_blocks(blocks, b, h, 0, p.shape.query_len));
+  }
+  const double rows = static_cast<double>((p.shape.query_len - 1) / blocks.query_block + 1);
+  const double columns = static_cast<double>((p.shape.kv_len - 1) / blocks.kv_block + 1);
+  return batch && heads ? listed / (rows * columns * static_cast<double>(batch * heads)) : 1;
 }
 
 enum class TileClass { skip, full, partial };

@@ -35,6 +35,7 @@ constexpr int kMaxKeyRanges = 4;
 //   band_lower <= j - i <= band_upper
 //   and  one of the ranges of (b, i) holds j
 //   and  query_segments[b][i] == kv_segments[b][j]
+//   and  a block that the lists of (b, h) name holds (i, j), and is full or has its bit set
 //   and  the dense mask is true at (b, h, i, j).
 // Causal top-left is band_upper = 0, causal bottom-right is band_upper = kv_len - query_len.
 struct MaskParams {
@@ -54,6 +55,21 @@ struct MaskParams {
     const int32_t* data = nullptr;
     int64_t stride_batch = 0;
   } query_segments, kv_segments;
+
+  // The blocks of the score matrix that exist, in compressed rows.  Query block r of (b, h) sees the blocks of keys
+  // indices[s], offsets[b][h][r] <= s < offsets[b][h][r + 1], in rising order.
+  struct BlockLists {
+    const int64_t* offsets = nullptr;  // (batch, heads, query blocks + 1), null: every block exists, and is full
+    int64_t stride_batch = 0, stride_head = 0;
+    const int32_t* indices = nullptr;
+    const int32_t* tiles = nullptr;  // of each block in the lists: -1: it is full; else which of `bits` it has
+    const uint8_t* bits = nullptr;   // (tiles, kv_block, query_block / 8): bit q % 8 of byte q / 8 is query q
+    int query_block = 16, kv_block = 16;  // multiples of 16
+
+    ATTN_HD const int64_t* row(int64_t batch, int64_t head, int64_t query) const {
+      return offsets + batch * stride_batch + head * stride_head + query / query_block;
+    }
+  } blocks;
 
   ConstTensorView dense;  // boolean, of (batch, heads, query_len, kv_len); any byte but 0 is true; null: none
 };

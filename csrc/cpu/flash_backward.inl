@@ -23,7 +23,7 @@ class FlashBackward {
   static constexpr int W = kLanes<Acc>, L = kGroupLanes<Acc>;  // a panel: L queries, or L columns
   static constexpr int kPer = Arith::kPerWord;
   static constexpr int kPanelWords = L / kPer;                 // words along L queries
-  static constexpr int kTilePanels = L < 128 ? 128 / L : 1;    // panels of queries per tile
+  static constexpr int kTilePanels = L < 128 ? 128 / L : 1;    // panels of queries per tile, at most
   static constexpr int kMaxKeys = 12 * 12 * kPer;              // keys in a block: K, V, dK, dV of it stay in L2
   static constexpr int64_t kUnits = 8;                         // units of work worth having, for balance
 
@@ -33,8 +33,10 @@ class FlashBackward {
   const int64_t panels = div_up(work.rows, L);  // per segment
   const int64_t k_words = div_up(shape.head_dim, kPer), v_words = div_up(shape.value_dim, kPer);
   const int64_t k_panels = div_up(shape.head_dim, L), v_panels = div_up(shape.value_dim, L);
-  const int64_t blocks = div_up(shape.kv_len, kMaxKeys);
-  const int keys = static_cast<int>(round_up(div_up(max_i64(1, shape.kv_len), max_i64(1, blocks)), kMaxRows));  // per block
+  const int keys = static_cast<int>(keys_per_tile(shape.kv_len, p.mask.blocks, kMaxKeys));  // per block
+  const int64_t blocks = div_up(shape.kv_len, keys);
+  const int tile_panels = panels_per_tile();
+  const int64_t tiles = div_up(panels, tile_panels);
   const Acc scale_log2 = static_cast<Acc>(p.score.scale * kLog2E);
 
   const bool has_terms = ScoreTerms<Acc>::any(p);
@@ -68,7 +70,9 @@ class FlashBackward {
   struct Scratch {
     QueryPanel* query;   // [panels]
     KeyBlock* block;     // [blocks] when several heads add to the same keys, else one, reused
+    int64_t* next_key;   // [tiles]: the first key, from the block at work on, that a query of the tile may see
     Weights weights[kTilePanels];
+    LaneBits *seen, *seen_by_any;  // [kTilePanels][keys], [keys]: by the panels of a tile, where blocks are listed
     Acc* terms;          // [keys][L]: what is added to the scores
     Acc* ds;             // [keys][L]: dS of one panel, for the gradient of the bias; the same memory
     IntVec<Acc>* kept;   // [keys][L / W]: the weights that dropout keeps
@@ -77,6 +81,14 @@ class FlashBackward {
     Word* rows;          // [L][row_words]
   };
 
+  // The panels of a tile meet the same keys: they are to share a list of blocks.
+  int panels_per_tile() const {
+    const int in_block = p.mask.blocks.query_block / L;
+    if (!p.mask.blocks.offsets || in_block * L != p.mask.blocks.query_block) return kTilePanels;
+    int count = kTilePanels;
+    while (in_block % count) count--;
+    return count;
+  }
   bool keeps_blocks() const { return work.segments > 1; }
   int64_t row_words() const { return round_up(max_i64(k_words, v_words), W); }
 
@@ -97,6 +109,9 @@ class FlashBackward {
       q.bias_row = pieces.take<int64_t>(p.grad_bias.data ? L : 0);
       if (c.query) c.query[i] = q;
     }
+    c.next_key = pieces.take<int64_t>(tiles);
+    c.seen = pieces.take<LaneBits>(p.mask.blocks.offsets ? kTilePanels * keys : 0);
+    c.seen_by_any = pieces.take<LaneBits>(p.mask.blocks.offsets ? keys : 0);
     const int64_t kept = keeps_blocks() ? blocks : 1;
     c.block = pieces.take<KeyBlock>(kept);
     for (int64_t i = 0; i < kept; i++) {
@@ -198,8 +213,6 @@ class FlashBackward {
 
   void weigh_panel(Scratch& c, const KeyBlock& b, const QueryPanel& q, Weights& w) const {
     w.begin = w.end = 0;
-    const int64_t existing = min_i64(keys, shape.kv_len - b.begin);
-    if (c.clears_bias) bias_gradient.clear(c.grad_bias, q.bias_row, q.mask->rows, b.begin, existing);
     // Whole row blocks, so that every product that reads the weights finds its rows written.
     const TileRows rows = q.mask->rows_in(b.begin, b.rows, kMaxRows, kMaxRows);
     if (rows.empty()) return;
@@ -229,7 +242,7 @@ class FlashBackward {
     w.end = rows.end;
     if (c.grad_bias) {
       bias_gradient.add(c.grad_bias, c.ds, q.bias_row, q.mask->rows, b.begin, rows.begin,
-                        static_cast<int>(min_i64(rows.end, existing)));
+                        static_cast<int>(min_i64(rows.end, shape.kv_len - b.begin)));
     }
   }
 
@@ -272,7 +285,7 @@ class FlashBackward {
   }
   // The same three products one weight at a time, for tiles where 0 * x is not 0: hidden numbers must not get out.  In
   // the same order too, so that with one number per word the bits of everything else stay as they are.
-  void add_nonzero(const Scratch& c, KeyBlock& b, QueryPanel* query, int count) const {
+  void add_nonzero(const Scratch& c, const KeyBlock& b, QueryPanel* query, int count) const {
     const auto at = [](const Word* words, int n, int m) { return number(words[n * kPanelWords + m / kPer], m % kPer); };
     const auto column = [](const Word* rows, int m, int64_t d) {
       return number(rows[(d / L * kPanelWords + m / kPer) * L + d % L], m % kPer);
@@ -309,7 +322,40 @@ class FlashBackward {
     }
   }
 
-  void process_tile(Scratch& c, KeyBlock& b, QueryPanel* query, int count) const {
+  // A tile of panels and a block of keys; where blocks are listed, the runs of keys that some panel sees one by one.
+  void meet(Scratch& c, const KeyBlock& b, QueryPanel* query, int count) const {
+    for (int i = 0; c.clears_bias && i < count; i++) {
+      bias_gradient.clear(c.grad_bias, query[i].bias_row, query[i].mask->rows, b.begin, min_i64(keys, shape.kv_len - b.begin));
+    }
+    if (!p.mask.blocks.offsets) return meet_rows(c, b, query, count);
+    const auto meet_stretch = [&](int first, int last, bool full) {
+      for (int i = 0; i < count; i++) query[i].mask->seen = nullptr;
+      if (full) return meet_rows(c, rows_of(b, first, last), query, count);
+      std::memset(c.seen_by_any, 0, (last - first) * sizeof(LaneBits));
+      for (int i = 0; i < count; i++) {
+        LaneBits* const seen = c.seen + i * keys;
+        query[i].mask->blocks.read(seen, b.begin + first, last - first);
+        for (int n = 0; n < last - first; n++) c.seen_by_any[n] |= seen[n];
+      }
+      for_runs(c.seen_by_any, last - first, [&](int begin, int end) {
+        for (int i = 0; i < count; i++) query[i].mask->seen = c.seen + i * keys + begin;
+        meet_rows(c, rows_of(b, first + begin, first + end), query, count);
+      });
+    };
+    bool share = true;
+    for (int i = 0; i < count; i++) share &= query[0].mask->blocks.shares_list(query[i].mask->blocks);
+    if (share) query[0].mask->blocks.for_stretches(b.begin, b.rows, meet_stretch);
+    else meet_stretch(0, b.rows, false);
+  }
+  // The rows [first, last) of a block; multiples of kRowQuantum.
+  KeyBlock rows_of(KeyBlock b, int first, int last) const {
+    b.k += first * k_words, b.v += first * v_words, b.k_lanes += first / kPer * L;
+    b.dk += first * L, b.dv += first * L;
+    b.begin += first;
+    b.rows = last - first;
+    return b;
+  }
+  void meet_rows(Scratch& c, const KeyBlock& b, QueryPanel* query, int count) const {
     int begin = b.rows, end = 0;
     bool is_finite = b.is_finite;
     for (int i = 0; i < count; i++) {
@@ -446,21 +492,31 @@ class FlashBackward {
     const int64_t most = p.grad_bias.data && blocks > 1 ? max_i64(2, blocks / 4) : blocks / 4;
     return max_i64(1, min_i64(div_up(kUnits, div_up(shape.kv_heads, unit_heads)), most));
   }
-  // Boundaries of equal work: a block of keys costs the queries that see it.
-  void split(Range* ranges, int64_t count) const {
-    const auto cost = [&](int64_t block) {
+  // How many queries see each block of keys, or about: costs[blocks].
+  void count_queries(int64_t batch, int64_t* costs) const {
+    const MaskParams::BlockLists& lists = p.mask.blocks;
+    for (int64_t block = 0; block < blocks; block++) {
       const int64_t begin = block * keys, end = min_i64(begin + keys, shape.kv_len);
       int64_t first = 0, last = shape.query_len;
       if (p.mask.band_upper < shape.kv_len) first = max_i64(0, begin - max_i64(p.mask.band_upper, -shape.query_len));
       if (p.mask.band_lower > -shape.query_len) last = min_i64(last, end - min_i64(p.mask.band_lower, shape.kv_len));
-      return last > first ? last - first : 0;
-    };
-    const int64_t block_count = div_up(shape.kv_len, keys);
+      costs[block] = lists.offsets ? 0 : max_i64(0, last - first);
+    }
+    for (int64_t head = 0; lists.offsets && head < (lists.stride_head ? shape.heads : 1); head++) {
+      const int64_t first = lists.row(batch, head, 0)[0], count = listed_blocks(lists, batch, head, 0, shape.query_len);
+      for (int64_t i = first; i < first + count; i++) {
+        const int64_t begin = int64_t(lists.indices[i]) * lists.kv_block, end = min_i64(begin + lists.kv_block, shape.kv_len);
+        for (int64_t block = begin / keys; block * keys < end; block++) costs[block] += lists.query_block;
+      }
+    }
+  }
+  // Boundaries of equal work.
+  void split(const int64_t* costs, Range* ranges, int64_t count) const {
     int64_t total = 0, done = 0, block = 0;
-    for (int64_t i = 0; i < block_count; i++) total += cost(i);
+    for (int64_t i = 0; i < blocks; i++) total += costs[i];
     for (int64_t i = 0; i < count; i++) {
       ranges[i].begin = min_i64(block * keys, shape.kv_len);
-      while (block < block_count && (i == count - 1 || done * count < total * (i + 1))) done += cost(block++);
+      while (block < blocks && (i == count - 1 || done * count < total * (i + 1))) done += costs[block++];
       ranges[i].end = min_i64(block * keys, shape.kv_len);
     }
   }
@@ -470,27 +526,35 @@ class FlashBackward {
   void run_unit(Scratch& c, int64_t batch, int64_t kv_head, bool first_of_unit, const Range& range, Acc* dq_partial) const {
     for (int64_t segment = 0; segment < work.segments; segment++) {
       c.clears_bias = c.grad_bias && bias_gradient.clears_tiles && first_of_unit && (segment == 0 || p.grad_bias.stride_head != 0);
-      bool any_query = c.clears_bias;
       for (int64_t i = 0; i < panels; i++) {
         const int64_t first = i * L;
         const int count = static_cast<int>(min_i64(L, work.rows - first));
         QueryPanel& q = c.query[i];
         q.mask->set_rows(p.mask, shape, work, batch, kv_head, segment, first, count);
         if (c.grad_bias) bias_gradient.set_rows(q.bias_row, *q.mask);
-        if (dq_partial && !c.query[i].mask->sees(range.begin, range.end)) continue;
-        pack_panel(c, c.query[i], batch, kv_head, segment, first, count);
-        any_query = true;
+        if (dq_partial && q.mask->next(range.begin) >= range.end) continue;
+        pack_panel(c, q, batch, kv_head, segment, first, count);
       }
+      const auto panels_of = [&](int64_t tile) { return static_cast<int>(min_i64(tile_panels, panels - tile * tile_panels)); };
+      const auto next_key = [&](int64_t tile, int64_t from) {
+        if (c.clears_bias) return from;
+        int64_t key = kNoKey;
+        for (int i = 0; i < panels_of(tile); i++) key = min_i64(key, c.query[tile * tile_panels + i].mask->next(from));
+        return key;
+      };
+      for (int64_t tile = 0; tile < tiles; tile++) c.next_key[tile] = next_key(tile, range.begin);
       for (int64_t begin = range.begin; begin < range.end; begin += keys) {
         KeyBlock& b = c.block[keeps_blocks() ? (begin - range.begin) / keys : 0];
         if (segment == 0) pack_block(b, batch, kv_head, begin);
-        for (int64_t i = 0; any_query && i < panels; i += kTilePanels) {
-          process_tile(c, b, c.query + i, static_cast<int>(min_i64(kTilePanels, panels - i)));
+        for (int64_t tile = 0; tile < tiles; tile++) {
+          if (c.next_key[tile] >= begin + keys) continue;
+          meet(c, b, c.query + tile * tile_panels, panels_of(tile));
+          c.next_key[tile] = next_key(tile, begin + keys);
         }
         if (segment == work.segments - 1) store_block(b, batch, kv_head);
       }
       for (int64_t i = 0; i < panels; i++) {
-        if (dq_partial && !c.query[i].mask->sees(range.begin, range.end)) continue;
+        if (dq_partial && c.query[i].mask->next(range.begin) >= range.end) continue;
         const int64_t first = i * L, count = min_i64(L, work.rows - first);
         WorkRow row = work.at(kv_head, segment, first);
         for (int64_t m = 0; m < count; m++, work.advance(row)) {
@@ -521,7 +585,7 @@ class FlashBackward {
         Acc sum[L] = {};
         const int64_t n = min_i64(L, shape.head_dim - d);
         for (int64_t r = 0; r < count; r++) {
-          if (!mask.sees(ranges[r].begin, ranges[r].end)) continue;
+          if (mask.next(ranges[r].begin) >= ranges[r].end) continue;
           for (int64_t i = 0; i < n; i++) sum[i] += row[r * size + d + i];
         }
         store_row(out + d, sum, n, static_cast<Acc>(p.score.scale));
@@ -576,10 +640,8 @@ class FlashBackward {
     if (shape.heads == 0) return store_zeros();
     const int64_t range_total = range_count();
     const int64_t head_sets = div_up(shape.kv_heads, unit_heads), sets = div_up(shape.batch, unit_batches) * head_sets;
-    Range ranges[kUnits];
-    split(ranges, range_total);
     const double products = 2.5 * static_cast<double>(shape.batch) * shape.heads * shape.query_len * shape.kv_len *
-                            (shape.head_dim + shape.value_dim);
+                            (shape.head_dim + shape.value_dim) * listed_share(p);
     const int threads = useful_threads(executor, products, heads * range_total);
 
     Pieces measure(nullptr);
@@ -591,10 +653,19 @@ class FlashBackward {
     Pieces partial_measure(nullptr);
     if (range_total > 1) partial_measure.take<Acc>(range_total * dq_size);
     if (sums_bias) partial_measure.take<Acc>(range_total * p.grad_bias_elements);
+    partial_measure.take<int64_t>(blocks);
+    partial_measure.take<Range>(shape.batch * range_total);
     const Workspace workspace(per_thread * threads + partial_measure.used());
     Pieces shared(workspace.data() + per_thread * threads);
     Acc* const partials = range_total > 1 ? shared.take<Acc>(range_total * dq_size) : nullptr;
     Acc* const grad_bias = sums_bias ? shared.take<Acc>(range_total * p.grad_bias_elements) : static_cast<Acc*>(p.grad_bias.data);
+    int64_t* const costs = shared.take<int64_t>(blocks);
+    Range* const ranges = shared.take<Range>(shape.batch * range_total);  // [batch][range_total]
+    for (int64_t batch = 0; batch < shape.batch; batch++) {
+      // Where batch elements share a gradient of the bias, a unit owns the same keys of all of them.
+      if (batch == 0 || (unit_batches == 1 && p.mask.blocks.stride_batch)) count_queries(batch, costs);
+      split(costs, ranges + batch * range_total, range_total);
+    }
     if (sums_bias) std::memset(grad_bias, 0, range_total * p.grad_bias_elements * sizeof(Acc));
 
     parallel_tasks(executor, threads, sets * range_total, [&](int thread, int64_t unit) {
@@ -606,7 +677,7 @@ class FlashBackward {
       for (int64_t batch = first_batch; batch < first_batch + unit_batches; batch++) {
         for (int64_t head = first_head; head < first_head + unit_heads; head++) {
           const bool first = batch == first_batch && (head == first_head || p.grad_bias.stride_head != 0);
-          run_unit(c, batch, head, first, ranges[range], partials ? partials + range * dq_size : nullptr);
+          run_unit(c, batch, head, first, ranges[batch * range_total + range], partials ? partials + range * dq_size : nullptr);
         }
       }
     });
@@ -624,7 +695,8 @@ class FlashBackward {
     const int64_t panels_per_head = work.segments * panels;
     parallel_tasks(executor, threads, heads * panels_per_head, [&](int, int64_t task) {
       const int64_t head = task / panels_per_head, panel = task % panels_per_head;
-      sum_partials(partials, ranges, range_total, head / shape.kv_heads, head % shape.kv_heads, panel / panels, panel % panels);
+      const int64_t batch = head / shape.kv_heads;
+      sum_partials(partials, ranges + batch * range_total, range_total, batch, head % shape.kv_heads, panel / panels, panel % panels);
     });
   }
 };

@@ -43,6 +43,7 @@ class FlashForward {
     LaneMask<Acc>* mask; // [kGroups]
     Acc* s;              // [keys][L]: scores, then weights (as words)
     Acc* terms;          // [keys][L]: what is added to the scores
+    LaneBits* seen;      // [keys]: of the group at work, where blocks are listed
     Word* rows;          // [L][max(q_columns, out_columns)]
     typename Tiles::Store tile;
     void take(Pieces& pieces, const FlashForward& f) {
@@ -54,6 +55,7 @@ class FlashForward {
       mask = pieces.take<LaneMask<Acc>>(kGroups);
       s = pieces.take<Acc>(f.tiles.keys * L);
       terms = pieces.take<Acc>(f.has_terms ? f.tiles.keys * L : 0);
+      seen = pieces.take<LaneBits>(f.p.mask.blocks.offsets ? f.tiles.keys : 0);
       rows = pieces.take<Word>(L * max_i64(f.q_columns, f.out_columns));
       tile.take(pieces, f.tiles, 1);
     }
@@ -99,13 +101,32 @@ class FlashForward {
     if (p.dropout.enabled()) drop_weights(c.s, mask, tile_begin, begin, end);
     accumulate(alpha, begin, end, terms || rows.partial());
   }
+  // Calls f(begin, end) for the parts of a tile of keys that a group looks at one by one.
+  template <class F>
+  static INLINE void for_parts(Scratch& c, int g, int64_t tile_begin, int tile_rows, const F& f) {
+    LaneMask<Acc>& mask = c.mask[g];
+    const auto attend_stretch = [&](int first, int last, bool full) {
+      mask.seen = nullptr;
+      if (full) return f(first, last);
+      mask.blocks.read(c.seen, tile_begin + first, last - first);
+      for_runs(c.seen, last - first, [&](int begin, int end) {
+        mask.seen = c.seen + begin;
+        f(first + begin, first + end);
+      });
+    };
+    if (!mask.blocks.any()) f(0, tile_rows);
+    else if (mask.blocks.shares_list(mask.blocks)) mask.blocks.for_stretches(tile_begin, tile_rows, attend_stretch);
+    else attend_stretch(0, tile_rows, false);
+  }
   template <int N>
   void attend(Scratch& c, int g, const KeyTile<Word>& tile) const {
     attend<N>(
         c, g, tile.begin, tile.rows,
         [&](int begin, int end) { score_rows<N>(c.s + begin * L, tile.k + begin * tile.k_row, tile.k_row, c.qt[g], end - begin); },
         [&](const V(&alpha)[N], int begin, int end, bool partial) {
-          if (partial && !tile.value_is_finite) return accumulate_nonzero<N>(c, g, tile, alpha, begin, end);
+          if (partial && !tiles.values_are_finite(tile, c.mask[g].batch, c.mask[g].lane_row[0].head / shape.group())) {
+            return accumulate_nonzero<N>(c, g, tile, alpha, begin, end);
+          }
           const int64_t first = begin / Arith::kPerWord;
           add_weighted_values<N>(c.ot[g], alpha, tile.v + first * tile.v_row, tile.v_row,
                                  reinterpret_cast<const Word*>(c.s) + first * L, (end - begin) / Arith::kPerWord);
@@ -314,14 +335,12 @@ class FlashForward {
     load_queries(c, 0, batch, kv_head, 0, 0, count);
     const Acc* const q = reinterpret_cast<const Acc*>(c.rows);
     Acc* const o = c.ot[0];  // [padded][out_columns]
-    const KeyInterval any = c.mask[0].any;
-    for (int64_t t = any.lo / tiles.keys; t * tiles.keys < any.hi; t++) {
-      const int64_t tile_begin = t * tiles.keys;
-      const int valid = tiles.valid_keys(t), rows = static_cast<int>(round_up(valid, kRowQuantum));
-      const T* k = row_pointer<T>(p.key, batch, kv_head, tile_begin);
-      const T* v = row_pointer<T>(p.value, batch, kv_head, tile_begin);
+    const auto attend_keys = [&](int64_t first, int rows) {
+      const int valid = static_cast<int>(min_i64(rows, shape.kv_len - first));
+      const T* k = row_pointer<T>(p.key, batch, kv_head, first);
+      const T* v = row_pointer<T>(p.value, batch, kv_head, first);
       attend<1>(
-          c, 0, tile_begin, rows,
+          c, 0, first, rows,
           [&](int begin, int end) {
             for (int i = 0; i < padded; i += R) score_few_rows<R>(c.s + i, k, q + i * q_columns, begin, end, valid);
           },
@@ -344,6 +363,12 @@ class FlashForward {
               }
             }
           });
+    };
+    for (int64_t key = c.mask[0].next(0); key < shape.kv_len;) {
+      const int64_t t = key / tiles.keys, first = t * tiles.keys;
+      for_parts(c, 0, first, static_cast<int>(round_up(tiles.valid_keys(t), kRowQuantum)),
+                [&](int begin, int end) { attend_keys(first + begin, end - begin); });
+      key = c.mask[0].next(first + tiles.keys);
     }
     const Softmax& state = c.softmax[0];
     const V inverse = normaliser(state);
@@ -411,34 +436,56 @@ class FlashForward {
     }
   }
 
-  // head_store: the packed head, or null; finite: of the head's tiles of values, or null.
-  void attend_tile(Scratch& c, const typename Tiles::Store* head_store, const bool* finite, int64_t batch, int64_t kv_head,
-                   int64_t tile) const {
+  struct Task {
+    int64_t batch, kv_head, segment, first, last;  // rows of work
+  };
+  Task task_of(int64_t head, int64_t tile) const {
+    const int64_t first = tile % query_tiles * ForwardTile<Arith>::kQueries;
+    return {head / shape.kv_heads, head % shape.kv_heads, tile / query_tiles, first,
+            min_i64(work.rows, first + ForwardTile<Arith>::kQueries)};
+  }
+  // Blocks that the lists give a task.
+  int64_t cost_of(const Task& task) const {
+    const WorkRow first = work.at(task.kv_head, task.segment, task.first), last = work.at(task.kv_head, task.segment, task.last - 1);
+    int64_t blocks = 0;
+    for (int64_t head = first.head; head <= last.head; head++) {
+      blocks += listed_blocks(p.mask.blocks, task.batch, head, head == first.head ? first.query : 0,
+                              head == last.head ? last.query + 1 : shape.query_len);
+    }
+    return blocks;
+  }
+
+  // head_store: the packed head, or null and `finite`: of the values of each of its tiles.
+  void attend_tile(Scratch& c, const typename Tiles::Store* head_store, Finite* finite, const Task& task) const {
+    const int64_t batch = task.batch, kv_head = task.kv_head, segment = task.segment, first = task.first;
     if constexpr (Arith::kPerWord == 1 && W >= kFewRows) {
       if (has_few_rows) {
         return work.rows == 1 ? attend_few_rows<1>(c, batch, kv_head) : attend_few_rows<kFewRows>(c, batch, kv_head);
       }
     }
-    const int64_t segment = tile / query_tiles, first = tile % query_tiles * ForwardTile<Arith>::kQueries;
-    const int64_t last = min_i64(work.rows, first + ForwardTile<Arith>::kQueries);
-    const int groups = static_cast<int>(div_up(last - first, L));
-    const auto rows_of = [&](int g) { return static_cast<int>(min_i64(L, last - first - g * L)); };
-    KeyInterval any{0, 0};
-    for (int g = 0; g < groups; g++) {
-      start_group(c, g, batch, kv_head, segment, first + g * L, rows_of(g));
-      any = LaneMask<Acc>::hull(any, c.mask[g].any);
-    }
-    for (int64_t t = any.lo / tiles.keys; t * tiles.keys < any.hi; t++) {
-      bool needed = p.mask.key_ranges.count == 1;  // or there may be gaps between the ranges
-      for (int g = 0; g < groups && !needed; g++) needed = c.mask[g].sees(t * tiles.keys, (t + 1) * tiles.keys);
-      if (!needed) continue;
+    const int groups = static_cast<int>(div_up(task.last - first, L));
+    const auto count_of = [&](int g) { return static_cast<int>(min_i64(L, task.last - task.first - g * L)); };
+    for (int g = 0; g < groups; g++) start_group(c, g, batch, kv_head, segment, first + g * L, count_of(g));
+    int64_t next_key[kGroups];
+    const auto first_key = [&] {
+      int64_t key = kNoKey;
+      for (int g = 0; g < groups; g++) key = min_i64(key, next_key[g]);
+      return key;
+    };
+    for (int g = 0; g < groups; g++) next_key[g] = c.mask[g].next(0);
+    for (int64_t key; (key = first_key()) < shape.kv_len;) {
+      const int64_t t = key / tiles.keys, end = (t + 1) * tiles.keys;
       const KeyTile<Word> key_tile = head_store ? tiles.packed(*head_store, t, t) : tiles.fetch(c.tile, finite, batch, kv_head, t);
       for (int g = 0; g < groups; g++) {
-        if (rows_of(g) > W) attend<2>(c, g, key_tile);
-        else attend<1>(c, g, key_tile);
+        if (next_key[g] >= end) continue;
+        for_parts(c, g, key_tile.begin, key_tile.rows, [&](int begin, int end) {
+          if (count_of(g) > W) attend<2>(c, g, rows_of<Arith>(key_tile, begin, end));
+          else attend<1>(c, g, rows_of<Arith>(key_tile, begin, end));
+        });
+        next_key[g] = c.mask[g].next(end);
       }
     }
-    for (int g = 0; g < groups; g++) finish_group(c, g, batch, kv_head, segment, first + g * L, rows_of(g));
+    for (int g = 0; g < groups; g++) finish_group(c, g, batch, kv_head, segment, first + g * L, count_of(g));
   }
 
  public:
@@ -451,16 +498,16 @@ class FlashForward {
     if (shape.batch == 0 || shape.heads == 0 || shape.query_len == 0) return;
     const int64_t heads = shape.batch * shape.kv_heads, tiles_per_head = work.segments * query_tiles;
     const double products = static_cast<double>(shape.batch) * shape.heads * shape.query_len * shape.kv_len *
-                            (shape.head_dim + shape.value_dim);
-    const int threads = useful_threads(executor, products, heads * tiles_per_head);
+                            (shape.head_dim + shape.value_dim) * listed_share(p);
+    const int64_t tasks = heads * tiles_per_head;
+    const int threads = useful_threads(executor, products, tasks);
     // Packing a whole head pays once a few tiles of queries share it.
     const bool contiguous = p.key.stride_row == shape.head_dim && p.value.stride_row == shape.value_dim;
     const bool packs_heads = tiles_per_head >= 3 && !(tiles.natural && contiguous);
     // With heads enough for every thread a head is packed by the thread that uses it, and is still in its cache.
     const bool head_per_task = packs_heads && (threads == 1 || heads >= 4 * threads);
-
-    // Several tiles of queries see the same values: they are looked at once.
-    const bool looks_once = tiles.natural && tiles.checks_finite && !packs_heads && tiles_per_head > 1;
+    // Under a causal mask the last tiles of queries are the longest; where blocks are listed, any may be.
+    const bool orders_tasks = p.mask.blocks.offsets && threads > 1;
 
     Pieces measure(nullptr);
     Scratch scratch;
@@ -470,42 +517,44 @@ class FlashForward {
     const size_t per_thread = measure.used();
     Pieces shared_measure(nullptr);
     if (packs_heads && !head_per_task) store.take(shared_measure, tiles, heads * tiles.tiles);
-    if (looks_once) shared_measure.take<bool>(heads * tiles.tiles);
+    if (!packs_heads) shared_measure.take<Finite>(heads * tiles.tiles);
+    if (orders_tasks) shared_measure.take<int64_t>(tasks), shared_measure.take<int64_t>(tasks);
     const Workspace workspace(per_thread * threads + shared_measure.used());
     const auto thread_pieces = [&](int thread) { return Pieces(workspace.data() + per_thread * thread); };
 
     if (head_per_task) {
       parallel_tasks(executor, threads, heads, [&](int thread, int64_t head) {
-        const int64_t batch = head / shape.kv_heads, kv_head = head % shape.kv_heads;
         Pieces pieces = thread_pieces(thread);
         Scratch c;
         typename Tiles::Store packed;
         c.take(pieces, *this);
         packed.take(pieces, tiles, tiles.tiles);
-        for (int64_t t = 0; t < tiles.tiles; t++) tiles.pack(packed, t, batch, kv_head, t);
-        for (int64_t t = 0; t < tiles_per_head; t++) attend_tile(c, &packed, nullptr, batch, kv_head, t);
+        for (int64_t t = 0; t < tiles.tiles; t++) tiles.pack(packed, t, head / shape.kv_heads, head % shape.kv_heads, t);
+        for (int64_t t = 0; t < tiles_per_head; t++) attend_tile(c, &packed, nullptr, task_of(head, t));
       });
       return;
     }
     Pieces shared(workspace.data() + per_thread * threads);
-    bool* finite = nullptr;
-    if (looks_once) {
-      finite = shared.take<bool>(heads * tiles.tiles);
-      parallel_tasks(executor, threads, heads * tiles.tiles, [&](int, int64_t task) {
-        const int64_t head = task / tiles.tiles;
-        finite[task] = tiles.values_are_finite(head / shape.kv_heads, head % shape.kv_heads, task % tiles.tiles);
-      });
-    }
-    if (packs_heads) {
+    Finite* const finite = shared.take<Finite>(packs_heads ? 0 : heads * tiles.tiles);
+    if (!packs_heads) {
+      std::memset(finite, 0, heads * tiles.tiles * sizeof(Finite));
+    } else {
       store.take(shared, tiles, heads * tiles.tiles);
       parallel_tasks(executor, threads, heads * tiles.tiles, [&](int, int64_t task) {
         const int64_t head = task / tiles.tiles;
         tiles.pack(store, task, head / shape.kv_heads, head % shape.kv_heads, task % tiles.tiles);
       });
     }
-    parallel_tasks(executor, threads, heads * tiles_per_head, [&](int thread, int64_t task) {
-      const int64_t head = task / tiles_per_head;
-      const int64_t tile = tiles_per_head - 1 - task % tiles_per_head;  // under a causal mask the last are the longest
+    int64_t* order = nullptr;
+    if (orders_tasks) {
+      order = shared.take<int64_t>(tasks);
+      int64_t* const costs = shared.take<int64_t>(tasks);
+      for (int64_t i = 0; i < tasks; i++) costs[i] = cost_of(task_of(i / tiles_per_head, i % tiles_per_head));
+      longest_first(costs, order, tasks);
+    }
+    parallel_tasks(executor, threads, tasks, [&](int thread, int64_t i) {
+      const int64_t head = (order ? order[i] : i) / tiles_per_head;
+      const int64_t tile = order ? order[i] % tiles_per_head : tiles_per_head - 1 - i % tiles_per_head;
       Pieces pieces = thread_pieces(thread);
       Scratch c;
       c.take(pieces, *this);
@@ -513,8 +562,7 @@ class FlashForward {
       if (packs_heads) head_store = {store.k + head * tiles.tiles * tiles.keys * tiles.k_words,
                                      store.v + head * tiles.tiles * tiles.keys / Arith::kPerWord * tiles.v_columns,
                                      store.finite + head * tiles.tiles};
-      attend_tile(c, packs_heads ? &head_store : nullptr, finite ? finite + head * tiles.tiles : nullptr, head / shape.kv_heads,
-                  head % shape.kv_heads, tile);
+      attend_tile(c, packs_heads ? &head_store : nullptr, finite + (packs_heads ? 0 : head * tiles.tiles), task_of(head, tile));
     });
   }
 };

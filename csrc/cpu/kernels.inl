@@ -4,6 +4,7 @@
 #include "cpu/simd.h"
 #include "cpu/microkernel.h"
 #include "cpu/rows.inl"
+#include "cpu/lane_blocks.inl"
 #include "cpu/lane_mask.inl"
 #include "cpu/score_terms.inl"
 #include "cpu/dropout_tile.inl"

@@ -2,10 +2,6 @@
 namespace attn_ext::cpu {
 namespace {
 
-constexpr int kGroupVectors = 2;
-template <class Acc>
-constexpr int kGroupLanes = kGroupVectors * kLanes<Acc>;
-
 // The keys of a tile, as rows of its scores: those that some lane sees, and among them a stretch that all lanes see.
 struct TileRows {
   int begin = 0, end = 0, full_begin = 0, full_end = 0;
@@ -18,27 +14,29 @@ template <class Acc>
 struct LaneMask {
   static constexpr int W = kLanes<Acc>, L = kGroupLanes<Acc>;
   using V = Vec<Acc>;
+  using Bits = IntVec<Acc>;
 
   int64_t batch;
   int rows;                                   // lanes in use
   WorkRow lane_row[L];                        // idle lanes repeat the last row, and see nothing
   int ranges;                                 // of each lane
   TileKeys keys[kMaxKeyRanges];               // of the lanes' first ranges, of their second ranges, ...
-  KeyInterval any;                            // no lane sees a key outside
   KeyInterval lane_keys[kMaxKeyRanges][L];
   Acc lo[kMaxKeyRanges][L], hi[kMaxKeyRanges][L];  // the same, relative to the current tile of keys
+  LaneBlocks<Acc> blocks;
+  const LaneBits* seen;                       // of the keys of the current tile, by the blocks; null: all are
 
   void set_rows(const MaskParams& mask, const AttentionShape& shape, const WorkRows& work, int64_t of_batch,
                 int64_t kv_head, int64_t segment, int64_t first_row, int count) {
     batch = of_batch;
     rows = count;
     ranges = mask.key_ranges.count;
+    seen = nullptr;
     WorkRow row = work.at(kv_head, segment, first_row);
     for (int lane = 0; lane < L; lane++) {
       lane_row[lane] = row;
       if (lane + 1 < count) work.advance(row);
     }
-    any = {0, 0};
     for (int r = 0; r < ranges; r++) {
       for (int lane = 0; lane < count; lane++) {
         lane_keys[r][lane] = visible_keys(mask, shape, batch, lane_row[lane].query, r);
@@ -46,18 +44,22 @@ struct LaneMask {
         else keys[r].add(lane_keys[r][lane]);
       }
       for (int lane = count; lane < L; lane++) lane_keys[r][lane] = {0, 0};
-      any = hull(any, keys[r].any);
     }
+    blocks.set_rows(mask, shape, batch, lane_row, count);
   }
 
-  static KeyInterval hull(KeyInterval a, KeyInterval b) {
-    return a.empty() ? b : b.empty() ? a : KeyInterval{min_i64(a.lo, b.lo), max_i64(a.hi, b.hi)};
-  }
-  bool sees(int64_t begin, int64_t end) const {
-    for (int r = 0; r < ranges; r++) {
-      if (keys[r].classify(begin, end) != TileClass::skip) return true;
+  // The first key from `from` on that some lane may see.
+  int64_t next(int64_t from) const {
+    while (true) {
+      int64_t key = kNoKey;
+      for (int r = 0; r < ranges; r++) {
+        const KeyInterval any = keys[r].any;
+        if (!any.empty() && from < any.hi) key = min_i64(key, max_i64(from, any.lo));
+      }
+      if (!blocks.any() || key == kNoKey) return key;
+      from = blocks.next(key);
+      if (from == key || from == kNoKey) return from;
     }
-    return false;
   }
 
   // Of the `count` keys from `tile` on.  begin and end are multiples of the quanta, but for the last key.
@@ -75,7 +77,24 @@ struct LaneMask {
       if (full_end - full_begin > t.full_end - t.full_begin) t.full_begin = full_begin, t.full_end = full_end;
     }
     if (t.full_begin >= t.full_end) t.full_begin = t.full_end = t.begin;
-    return t;
+    return seen ? seen_rows(t, begin_quantum, end_quantum) : t;
+  }
+  // Of these rows, what the blocks leave.
+  TileRows seen_rows(const TileRows& t, int begin_quantum, int end_quantum) const {
+    int begin = t.begin, end = t.end;
+    while (begin < end && !seen[begin]) begin++;
+    while (begin < end && !seen[end - 1]) end--;
+    if (begin == end) return {};
+    TileRows s;
+    s.begin = begin / begin_quantum * begin_quantum;
+    s.end = static_cast<int>(min_i64(t.end, round_up(end, end_quantum)));
+    s.full_begin = s.full_end = s.begin;
+    for (int n = t.full_begin; n < t.full_end; n++) {
+      const int first = n;
+      while (n < t.full_end && seen[n] == first_lanes(rows)) n++;
+      if (n - first > s.full_end - s.full_begin) s.full_begin = first, s.full_end = n;
+    }
+    return s;
   }
   // Must precede visible() for the tile whose first key is `begin`.
   void set_tile(int64_t begin) {
@@ -92,7 +111,13 @@ struct LaneMask {
     const V key = splat(static_cast<Acc>(n));
     auto in = (key >= load(lo[0] + v * W)) & (key < load(hi[0] + v * W));
     for (int r = 1; r < ranges; r++) in |= (key >= load(lo[r] + v * W)) & (key < load(hi[r] + v * W));
+    if (seen) in &= (splat_int<Acc>(static_cast<int32_t>(seen[n] >> v * W)) & lane_bits()) != 0;
     return in;
+  }
+  static INLINE Bits lane_bits() {
+    Bits bits{};
+    UNROLL for (int i = 0; i < W; i++) bits[i] = 1 << i;
+    return bits;
   }
   // Rows whose scores must be masked one by one for a lane not to see a key it may not, or an idle lane any.
   INLINE bool must_look(const TileRows& t, int r, int count) const { return r < t.full_begin || r + count > t.full_end; }

@@ -37,4 +37,7 @@ void parallel_tasks(const Executor& executor, int threads, int64_t tasks, const 
       &state);
 }
 
+// The order in which unequal tasks are best handed out: those of the largest cost first, equal ones as they are.
+void longest_first(const int64_t* costs, int64_t* tasks, int64_t count);
+
 }  // namespace attn_ext::cpu

@@ -2,15 +2,26 @@
 
 #include <cstdlib>
 #include <new>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 namespace attn_ext::cpu {
 namespace {
 
 constexpr size_t kKeptBytes = size_t{16} << 20;
 
+// Touching fresh memory a page of 4 KiB at a time costs as much as the work of a sparse problem: where the system lets
+// programs ask for huge pages, large blocks do.
 char* allocate(size_t bytes) {
-  void* p = std::aligned_alloc(kCacheLine, round_up_to_line(bytes ? bytes : 1));
+  constexpr size_t kHugePage = size_t{2} << 20;
+  const bool huge = bytes >= 2 * kHugePage;
+  const size_t alignment = huge ? kHugePage : kCacheLine;
+  void* p = std::aligned_alloc(alignment, (bytes ? bytes + alignment - 1 : alignment) / alignment * alignment);
   if (!p) throw std::bad_alloc();
+#ifdef __linux__
+  if (huge) madvise(p, bytes / kHugePage * kHugePage, MADV_HUGEPAGE);
+#endif
   return static_cast<char*>(p);
 }
 

@@ -3,7 +3,9 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
+#include <optional>
 #include <random>
+#include <utility>
 #include <vector>
 
 #include "check.h"
@@ -21,6 +23,43 @@ struct Problem {
   int64_t band_upper = MaskParams::no_upper;
   bool has_ranges = false, has_bias = false;
   bool has_modifiers = false;  // segments, softcap, ALiBi, sinks and dropout
+  int query_block = 0, kv_block = 0;  // of block lists, of each head its own; 0: none
+};
+
+// Random lists of blocks, and whether they let query i of a head see key j.
+struct RandomBlocks {
+  int64_t query_block, kv_block, rows, columns;
+  std::vector<int64_t> offsets;
+  std::vector<int32_t> indices, tiles;
+  std::vector<uint8_t> bits;
+
+  RandomBlocks(const Problem& problem, std::mt19937& random)
+      : query_block(problem.query_block), kv_block(problem.kv_block),
+        rows((problem.shape.query_len + query_block - 1) / query_block),
+        columns((problem.shape.kv_len + kv_block - 1) / kv_block), bits(2 * kv_block * query_block / 8) {
+    for (uint8_t& byte : bits) byte = static_cast<uint8_t>(random());
+    for (int64_t head = 0; head < problem.shape.heads; head++) {
+      for (int64_t row = 0; row < rows; row++) {
+        offsets.push_back(static_cast<int64_t>(indices.size()));
+        for (int64_t column = 0; column < columns; column++) {
+          if (random() % 2) continue;
+          indices.push_back(static_cast<int32_t>(column));
+          tiles.push_back(static_cast<int32_t>(random() % 3) - 1);
+        }
+      }
+      offsets.push_back(static_cast<int64_t>(indices.size()));
+    }
+  }
+  bool sees(int64_t head, int64_t i, int64_t j) const {
+    const int64_t* row = &offsets[head * (rows + 1) + i / query_block];
+    for (int64_t s = row[0]; s < row[1]; s++) {
+      if (indices[s] != j / kv_block) continue;
+      if (tiles[s] < 0) return true;
+      const int64_t byte = (tiles[s] * kv_block + j % kv_block) * (query_block / 8) + i % query_block / 8;
+      return bits[byte] >> i % 8 & 1;
+    }
+    return false;
+  }
 };
 
 template <class T>
@@ -73,6 +112,13 @@ void compare(const char* isa, const Problem& problem, DType dtype, double tolera
   forward.score.scale = 1 / std::sqrt(static_cast<double>(s.head_dim));
   forward.mask.band_upper = problem.band_upper;
   if (problem.has_ranges) forward.mask.key_ranges = {ranges.data(), s.query_len * 4, 4, 2};
+  std::optional<RandomBlocks> blocks;
+  if (problem.query_block) {
+    blocks.emplace(problem, random);
+    forward.mask.blocks = {.offsets = blocks->offsets.data(), .stride_head = blocks->rows + 1,
+                           .indices = blocks->indices.data(), .tiles = blocks->tiles.data(), .bits = blocks->bits.data(),
+                           .query_block = problem.query_block, .kv_block = problem.kv_block};
+  }
   if (problem.has_bias) forward.score.bias = {bias.data(), 0, 0, s.kv_len, 1};
   if (problem.has_modifiers) {
     forward.mask.query_segments.data = query_ids.data();
@@ -124,6 +170,7 @@ void compare(const char* isa, const Problem& problem, DType dtype, double tolera
       const int64_t* r = &ranges[(b * s.query_len + i) * 4];
       bool visible = j - i <= problem.band_upper;
       if (problem.has_ranges) visible = visible && ((r[0] <= j && j < r[1]) || (r[2] <= j && j < r[3]));
+      if (blocks) visible = visible && blocks->sees(h, i, j);
       double score = forward.score.scale * dot(&q[row * s.head_dim], &k[(first_key + j) * s.head_dim], s.head_dim);
       if (problem.has_modifiers) {
         const double t = std::tanh(score / 1.5);
@@ -196,6 +243,12 @@ int main(int argc, char** argv) {
     problems.push_back(problem);
     problem.has_modifiers = true;
     problems.push_back(problem);
+    for (const auto& [query_block, kv_block] : {std::pair{16, 16}, std::pair{64, 48}, std::pair{32, 208}}) {
+      problem = {.shape = problem.shape, .query_block = query_block, .kv_block = kv_block};
+      problems.push_back(problem);
+      problem.has_ranges = problem.has_bias = problem.has_modifiers = true;
+      problems.push_back(problem);
+    }
   }
   for (int i = 0; i < cpu::kIsaCount; i++) {
     const cpu::Isa isa = static_cast<cpu::Isa>(i);
