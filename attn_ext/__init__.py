@@ -18,20 +18,26 @@ from ._merge import merge
 from ._override import override_sdpa
 from ._version import __version__
 from .block_mask import BlockMask
+from .cache import CacheFullError, KVCache, PagedKVCache
 from .functional import attention, block_sparse_attention, scaled_dot_product_attention
 from .masks import Causal, Dense, KeyLengths, Mask, Prefix, Segments, SlidingWindow
+from .varlen import attention_varlen
 
 __all__ = [
     "BlockMask",
+    "CacheFullError",
     "Causal",
     "Dense",
+    "KVCache",
     "KeyLengths",
     "Mask",
+    "PagedKVCache",
     "Prefix",
     "Segments",
     "SlidingWindow",
     "__version__",
     "attention",
+    "attention_varlen",
     "block_sparse_attention",
     "merge",
     "override_sdpa",

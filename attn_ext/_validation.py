@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._packing import Packing
 from .block_mask import BlockMask
 from .masks import FLOAT_DTYPES, Dense, KeyLengths, Mask, Segments, from_causal_bias, is_causal_bias
 
@@ -101,40 +102,162 @@ def check_attention(
                 f"{name} must have the batch size of query, {query.shape[0]}, got shape {tuple(tensor.shape)}"
             )
     _check_lengths_and_head_dims(query, key, value)
-    heads, kv_heads = query.shape[1], key.shape[1]
-    if value.shape[1] != kv_heads:
-        raise ValueError(f"value must have as many heads as key, {kv_heads}, got shape {tuple(value.shape)}")
-    if heads % kv_heads if kv_heads else heads:
-        raise ValueError(f"the heads of query must be a multiple of those of key, got {heads} and {kv_heads}")
+    _check_grouped_heads(query, key, value)
     scores = (*query.shape[:3], key.shape[2])
     if mask is not None:
-        if not isinstance(mask, Mask):
-            hint = "; wrap a tensor in attn_ext.Dense" if isinstance(mask, Tensor) else ""
-            raise TypeError(f"mask must be None or an attn_ext mask, got {type(mask).__name__}{hint}")
+        _check_is_mask(mask)
         for part in mask.parts:
             _check_mask(part, scores, query.device)
         mask.lower(query.shape[2], key.shape[2], query.device)  # which says what cannot be combined
+    _check_options(
+        scores, query.shape[0], query.device, bias, softcap, alibi_slopes, sinks, dropout_p, dropout_seed
+    )
+
+
+def check_attention_varlen(
+    query: Any,
+    key: Any,
+    value: Any,
+    cu_seqlens_q: Any,
+    cu_seqlens_k: Any,
+    max_seqlen_q: Any,
+    max_seqlen_k: Any,
+    mask: Any,
+    scale: Any,
+    bias: Any,
+    softcap: Any,
+    alibi_slopes: Any,
+    sinks: Any,
+    dropout_p: Any,
+    dropout_seed: Any,
+) -> None:
+    _check_tensors(query, key, value)
+    _check_scale(scale)
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.dim() != 3:
+            raise ValueError(f"{name} must be (T, H, D), got shape {tuple(tensor.shape)}")
+    if value.shape[0] != key.shape[0]:
+        raise ValueError(
+            f"value must have as many tokens as key, {key.shape[0]}, got shape {tuple(value.shape)}"
+        )
+    _check_head_dims(query, key, value)
+    _check_grouped_heads(query, key, value)
+    check_lengths(query, key, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, mask)
+    batch, scores = cu_seqlens_q.shape[0] - 1, (1, query.shape[1], query.shape[0], key.shape[0])
+    if mask is not None:
+        for part in mask.parts:
+            if not isinstance(part, KeyLengths):
+                _check_mask(part, scores, query.device)
+        packing = Packing.of(cu_seqlens_q, cu_seqlens_k, query.shape[0], key.shape[0])
+        mask.lower_packed(packing)  # which says what cannot be combined
+    _check_options(scores, batch, query.device, bias, softcap, alibi_slopes, sinks, dropout_p, dropout_seed)
+
+
+def check_lengths(
+    query: Tensor,
+    key: Tensor,
+    cu_seqlens_q: Any,
+    cu_seqlens_k: Any,
+    max_seqlen_q: Any,
+    max_seqlen_k: Any,
+    mask: Any,
+) -> None:
+    """That what says how long packed sequences are leads to no token beyond the packed ones."""
+    _check_cu_seqlens("cu_seqlens_q", cu_seqlens_q, max_seqlen_q, query)
+    _check_cu_seqlens("cu_seqlens_k", cu_seqlens_k, max_seqlen_k, key)
+    if cu_seqlens_q.shape != cu_seqlens_k.shape:
+        raise ValueError(
+            "cu_seqlens_q and cu_seqlens_k must be of as many sequences, got shapes "
+            f"{tuple(cu_seqlens_q.shape)} and {tuple(cu_seqlens_k.shape)}"
+        )
+    if mask is None:
+        return
+    _check_is_mask(mask)
+    for part in mask.parts:
+        if isinstance(part, KeyLengths):
+            _check_key_lengths(part.lengths, cu_seqlens_k.shape[0] - 1, cu_seqlens_k.diff())
+
+
+def _check_cu_seqlens(name: str, cu_seqlens: Any, max_seqlen: Any, tokens: Tensor) -> None:
+    """That cumulative lengths are of the sequences that make up `tokens`, (T, ...)."""
+    if not isinstance(cu_seqlens, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(cu_seqlens).__name__}")
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} must be int32 or int64, got {cu_seqlens.dtype}")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
+        raise ValueError(f"{name} must be (B + 1,), got shape {tuple(cu_seqlens.shape)}")
+    if cu_seqlens.device != tokens.device:
+        raise ValueError(f"{name} must be on the device of query, {tokens.device}, got {cu_seqlens.device}")
+    longest = name.replace("cu_", "max_").replace("seqlens", "seqlen")
+    if max_seqlen is not None and (
+        isinstance(max_seqlen, bool) or not isinstance(max_seqlen, (int, torch.SymInt))
+    ):
+        raise TypeError(f"{longest} must be an int or None, got {type(max_seqlen).__name__}")
+    # The values of a tensor that is being traced are not there to look at.
+    if torch.compiler.is_compiling():
+        return
+    begin, end = int(cu_seqlens[0]), int(cu_seqlens[-1])
+    if begin != 0 or end != tokens.shape[0]:
+        raise ValueError(
+            f"{name} must go from 0 to the number of tokens, {tokens.shape[0]}, got {begin} to {end}"
+        )
+    if (cu_seqlens[1:] < cu_seqlens[:-1]).any():  # differences could overflow
+        raise ValueError(f"{name} must not decrease, got {cu_seqlens.tolist()}")
+    if max_seqlen is not None and (cu_seqlens.diff() > max_seqlen).any():
+        most = int(cu_seqlens.diff().max())
+        raise ValueError(f"{longest} must be at least the longest of {name}, {most}, got {max_seqlen}")
+
+
+def _check_key_lengths(lengths: Tensor, batch: int, kv_len: int | Tensor) -> None:
+    """That there is a length for each of `batch` sequences, of at most kv_len: a number, or (batch,)."""
+    if lengths.shape[0] != batch:
+        raise ValueError(
+            f"mask KeyLengths must hold one length per batch entry, {batch}, got {lengths.shape[0]}"
+        )
+    # The values of a tensor that is being traced are not there to look at.
+    if not torch.compiler.is_compiling() and ((lengths < 0) | (lengths > kv_len)).any():
+        most = kv_len.tolist() if isinstance(kv_len, Tensor) else kv_len
+        raise ValueError(f"mask KeyLengths must hold lengths from 0 to {most}, got {lengths.tolist()}")
+
+
+def _check_is_mask(mask: Any) -> None:
+    if not isinstance(mask, Mask):
+        hint = "; wrap a tensor in attn_ext.Dense" if isinstance(mask, Tensor) else ""
+        raise TypeError(f"mask must be None or an attn_ext mask, got {type(mask).__name__}{hint}")
+
+
+def _check_options(
+    scores: tuple[int, ...],
+    batch: int,
+    device: torch.device,
+    bias: Any,
+    softcap: Any,
+    alibi_slopes: Any,
+    sinks: Any,
+    dropout_p: Any,
+    dropout_seed: Any,
+) -> None:
+    """What modifies scores of the shape `scores`, for `batch` sequences."""
+    heads = scores[1]
     if bias is not None:
         if isinstance(bias, Tensor) and bias.dtype not in FLOAT_DTYPES:
             hint = ": pass mask=attn_ext.Dense(...)" if bias.dtype == torch.bool else ""
             raise TypeError(f"bias must be float32, float64, float16 or bfloat16, got {bias.dtype}{hint}")
-        _check_dense_mask("bias", bias, scores, query.device)
+        _check_dense_mask("bias", bias, scores, device)
     _check_number("softcap", softcap, optional=True)
     if softcap is not None and not 0 <= softcap < math.inf:
         raise ValueError(f"softcap must be a finite number that is not negative, got {softcap}")
     if alibi_slopes is not None:
-        _check_per_head(
-            "alibi_slopes", alibi_slopes, ((heads,), (query.shape[0], heads), (1, heads)), query.device
-        )
+        _check_per_head("alibi_slopes", alibi_slopes, ((heads,), (batch, heads), (1, heads)), device)
         if alibi_slopes.requires_grad and torch.is_grad_enabled():
             raise NotImplementedError(
                 "alibi_slopes must not require grad: ALiBi's slopes are constants, and their gradient is not "
                 "implemented; learned slopes can be written as a bias"
             )
     if sinks is not None:
-        _check_per_head("sinks", sinks, ((heads,),), query.device)
+        _check_per_head("sinks", sinks, ((heads,),), device)
     _check_dropout(dropout_p)
-    check_seed(dropout_seed, query.device)
+    check_seed(dropout_seed, device)
 
 
 def _check_mask(mask: Mask, scores: tuple[int, ...], device: torch.device) -> None:
@@ -150,15 +273,7 @@ def _check_mask(mask: Mask, scores: tuple[int, ...], device: torch.device) -> No
                 f"got {mask.batch} and {mask.heads}"
             )
     elif isinstance(mask, KeyLengths):
-        batch, _, _, kv_len = scores
-        lengths = mask.lengths
-        if lengths.shape[0] != batch:
-            raise ValueError(
-                f"mask KeyLengths must hold one length per batch entry, {batch}, got {lengths.shape[0]}"
-            )
-        # The values of a tensor that is being traced are not there to look at.
-        if not torch.compiler.is_compiling() and ((lengths < 0) | (lengths > kv_len)).any():
-            raise ValueError(f"mask KeyLengths must hold lengths from 0 to {kv_len}, got {lengths.tolist()}")
+        _check_key_lengths(mask.lengths, scores[0], scores[3])
 
 
 def _check_per_head(
@@ -223,7 +338,8 @@ def _check_tensors(query: Any, key: Any, value: Any) -> None:
 def _check_strided(name: str, tensor: Tensor) -> None:
     if tensor.is_nested:
         raise TypeError(
-            f"{name} must be a dense tensor, got a nested tensor: pad it and use attn_ext.KeyLengths"
+            f"{name} must be a dense tensor, got a nested tensor: pack it and use attn_ext.attention_varlen, "
+            "or pass query, key and value of layout torch.jagged to attn_ext.scaled_dot_product_attention"
         )
     if tensor.layout != torch.strided:
         raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}")
@@ -237,20 +353,33 @@ def _dtype_in_kernel(tensor: Tensor) -> torch.dtype:
 
 
 def _check_lengths_and_head_dims(query: Tensor, key: Tensor, value: Tensor) -> None:
+    if value.shape[-2] != key.shape[-2]:
+        raise ValueError(
+            f"value must have the length of key, {key.shape[-2]}, got shape {tuple(value.shape)}"
+        )
+    _check_head_dims(query, key, value)
+
+
+def _check_head_dims(query: Tensor, key: Tensor, value: Tensor) -> None:
     if key.shape[-1] != query.shape[-1]:
         raise ValueError(
             f"key must have the head_dim (dimension -1) of query, {query.shape[-1]}, "
             f"got shape {tuple(key.shape)}"
-        )
-    if value.shape[-2] != key.shape[-2]:
-        raise ValueError(
-            f"value must have the length of key, {key.shape[-2]}, got shape {tuple(value.shape)}"
         )
     for name, tensor in (("query", query), ("value", value)):
         if not 1 <= tensor.shape[-1] <= MAX_HEAD_DIM:
             raise ValueError(
                 f"{name} must have a head_dim from 1 to {MAX_HEAD_DIM}, got shape {tuple(tensor.shape)}"
             )
+
+
+def _check_grouped_heads(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Of (B, H, L, D) or (T, H, D)."""
+    heads, kv_heads, value_heads = (tensor.shape[1] for tensor in (query, key, value))
+    if value_heads != kv_heads:
+        raise ValueError(f"value must have as many heads as key, {kv_heads}, got shape {tuple(value.shape)}")
+    if heads % kv_heads if kv_heads else heads:
+        raise ValueError(f"the heads of query must be a multiple of those of key, got {heads} and {kv_heads}")
 
 
 def _check_heads(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool) -> tuple[int, ...]:

@@ -30,6 +30,7 @@ from ._blocks import (
     transpose,
     union,
 )
+from ._packing import Packing
 from .masks import LoweredMask, Mask, _same_tensor
 
 __all__ = ["BlockMask"]
@@ -384,12 +385,22 @@ class BlockMask(Mask):
         return transpose(self.blocks, self._grid)
 
     def lower(self, query_len: int, kv_len: int, device: torch.device | None) -> LoweredMask:
+        rule = None if self.rule is None else self.rule.lower(query_len, kv_len, device)
+        return self._lower(query_len, kv_len, device, rule)
+
+    def lower_packed(self, packing: Packing) -> LoweredMask:
+        rule = None if self.rule is None else self.rule.lower_packed(packing)
+        return self._lower(packing.total_queries, packing.total_keys, packing.device, rule)
+
+    def _lower(
+        self, query_len: int, kv_len: int, device: torch.device | None, rule: LoweredMask | None
+    ) -> LoweredMask:
         if (query_len, kv_len) != (self.query_len, self.kv_len):
             raise ValueError(
                 f"a BlockMask for {self.query_len} queries and {self.kv_len} keys cannot mask "
                 f"{query_len} queries and {kv_len} keys"
             )
-        lowered = LoweredMask() if self.rule is None else self.rule.lower(query_len, kv_len, device)
+        lowered = LoweredMask() if rule is None else rule
         return lowered._replace(blocks=self.to(self.device if device is None else device).blocks)
 
     @property

@@ -38,6 +38,9 @@ def scaled_dot_product_attention(
     dimensions broadcast as in torch. Differentiable in query, key, value and a floating-point attn_mask, in
     reverse and forward mode, twice and more.
 
+    Nested tensors of layout `torch.jagged`, (B, H, j, D) each, give one with the lengths of query; they go
+    without attn_mask, and is_causal is of each sequence.
+
     Args:
         query: (..., Hq, Lq, Dk), at least (Lq, Dk); float32, float64, float16 or bfloat16.
         key: (..., Hkv, Lk, Dk), of the dtype and device of query.
@@ -58,6 +61,12 @@ def scaled_dot_product_attention(
         ValueError: shapes do not fit, devices differ, a number is out of range, or both attn_mask and
             is_causal are given.
     """
+    if type(query) is not Tensor and all(_is_nested(tensor) for tensor in (query, key, value)):
+        from ._nested import scaled_dot_product_attention_nested
+
+        return scaled_dot_product_attention_nested(
+            query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
+        )
     if is_compiling():
         arguments = query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
         _validation.check_scaled_dot_product_attention(*arguments)
@@ -137,9 +146,9 @@ def attention(
     more = bias, softcap, alibi_slopes, sinks, dropout_p, dropout_seed
     if is_compiling():
         _validation.check_attention(query, key, value, mask, scale, *more)
-        return _attend_masked(query, key, value, mask, scale, *more, return_lse)
+        return attend_lowered(query, key, value, _lower(mask, query, key), scale, *more, return_lse)
     try:
-        return _attend_masked(query, key, value, mask, scale, *more, return_lse)
+        return attend_lowered(query, key, value, _lower(mask, query, key), scale, *more, return_lse)
     except Exception:
         explanation = _validation.explain(_validation.check_attention, query, key, value, mask, scale, *more)
         if explanation is None:
@@ -203,15 +212,23 @@ def block_sparse_attention(
     )
 
 
+def _is_nested(tensor: Any) -> bool:
+    return isinstance(tensor, Tensor) and tensor.is_nested
+
+
 _NO_MASK = LoweredMask()
 _NO_BLOCKS = (None, None, None, None)
 
 
-def _attend_masked(
+def _lower(mask: Mask | None, query: Tensor, key: Tensor) -> LoweredMask:
+    return _NO_MASK if mask is None else mask.lower(query.shape[2], key.shape[2], query.device)
+
+
+def attend_lowered(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: Mask | None,
+    lowered: LoweredMask,
     scale: float | None,
     bias: Tensor | None,
     softcap: float | None,
@@ -221,12 +238,12 @@ def _attend_masked(
     dropout_seed: int | Tensor | None,
     return_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:
+    """`attention`, of a mask in the terms of the kernels."""
     scale = query.shape[3] ** -0.5 if scale is None else _finite(scale)
     if not (bias is softcap is alibi_slopes is sinks is dropout_seed is None and dropout_p == 0.0):
         _refuse_what_operators_take(bias, softcap, alibi_slopes, sinks, dropout_p)
         if not (dropout_p and isinstance(dropout_seed, Tensor)):
             _validation.check_seed(dropout_seed, query.device)
-    lowered = _NO_MASK if mask is None else mask.lower(query.shape[2], key.shape[2], query.device)
     if bias is not None:
         bias = bias[(None,) * (4 - bias.dim())]
         if lowered.bias is not None:

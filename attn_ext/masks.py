@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ._blocks import Blocks, intersection, visible_rows
+from ._packing import Packing
 
 __all__ = ["Causal", "Dense", "KeyLengths", "Mask", "Prefix", "Segments", "SlidingWindow"]
 
@@ -138,6 +139,13 @@ class Mask:
         """The mask for `query_len` queries and `kv_len` keys, in the terms of the kernels."""
         raise NotImplementedError
 
+    def lower_packed(self, packing: Packing) -> LoweredMask:
+        """The mask of each of the packed sequences, in the score matrix of all of them.
+
+        What lies beyond a query's own sequence is the caller's to hide.
+        """
+        raise NotImplementedError(f"{type(self).__name__} masks of packed sequences are not implemented")
+
     def to_dense(
         self, batch: int, heads: int, query_len: int, kv_len: int, device: torch.device | str | None = None
     ) -> Tensor:
@@ -154,8 +162,19 @@ class Mask:
         return dense.expand(batch, heads, query_len, kv_len)
 
 
+class _Band(Mask):
+    """A mask that `lower` makes a band of, by sums and differences of lengths: tensors of them will do."""
+
+    def lower_packed(self, packing: Packing) -> LoweredMask:
+        band = self.lower(packing.query_len, packing.kv_len, packing.device)
+        own_key = packing.kv_begin + packing.query_position
+        begin = torch.zeros_like(own_key) if band.band_lower is None else own_key + band.band_lower
+        end = packing.kv_end if band.band_upper is None else own_key + (band.band_upper + 1)
+        return LoweredMask(key_ranges=_ranges(begin, end)[None])
+
+
 @dataclass(frozen=True)
-class Causal(Mask):
+class Causal(_Band):
     """A query attends to no key after its own position.
 
     Args:
@@ -177,7 +196,7 @@ class Causal(Mask):
 
 
 @dataclass(frozen=True)
-class SlidingWindow(Mask):
+class SlidingWindow(_Band):
     """A query attends to the keys near its own position: query i to keys i - left .. i + right, inclusive.
 
     The inclusive window of flash-attn; ``left=n - 1, right=0`` is the causal window of n keys of Longformer
@@ -247,6 +266,10 @@ class KeyLengths(Mask):
     def lower(self, query_len: int, kv_len: int, device: torch.device) -> LoweredMask:
         return LoweredMask(key_ranges=self._ranges.to(device))
 
+    def lower_packed(self, packing: Packing) -> LoweredMask:
+        lengths = self.lengths.to(packing.device)[packing.sequence]
+        return LoweredMask(key_ranges=_ranges(packing.kv_begin, packing.kv_begin + lengths)[None])
+
 
 @dataclass(frozen=True)
 class Prefix(Mask):
@@ -274,6 +297,10 @@ class Prefix(Mask):
     def lower(self, query_len: int, kv_len: int, device: torch.device) -> LoweredMask:
         end = torch.full((1, 1), min(self.length, kv_len), dtype=torch.int64, device=device)
         return LoweredMask(key_ranges=_ranges(torch.zeros_like(end), end))
+
+    def lower_packed(self, packing: Packing) -> LoweredMask:
+        end = packing.kv_begin + min(self.length, _BEYOND_ANY_LENGTH)
+        return LoweredMask(key_ranges=_ranges(packing.kv_begin, end)[None])
 
 
 @dataclass(frozen=True, eq=False)
@@ -328,6 +355,14 @@ class Segments(Mask):
             kv_segments=self.kv_ids.to(device),
         )
 
+    def lower_packed(self, packing: Packing) -> LoweredMask:
+        lowered = self.lower(packing.total_queries, packing.total_keys, packing.device)
+        sequences = packing.sequence[None], packing.kv_sequence[None]
+        query_ids, kv_ids = _intersect_segments(sequences, _segments_of(lowered))
+        return LoweredMask(
+            key_ranges=_segment_ranges(query_ids, kv_ids), query_segments=query_ids, kv_segments=kv_ids
+        )
+
 
 @dataclass(frozen=True, eq=False)
 class Dense(Mask):
@@ -370,6 +405,9 @@ class Dense(Mask):
         tensor = self.tensor[(None,) * (4 - self.tensor.dim())]
         return LoweredMask(dense=tensor) if tensor.dtype == torch.bool else LoweredMask(bias=tensor)
 
+    def lower_packed(self, packing: Packing) -> LoweredMask:
+        return self.lower(packing.total_queries, packing.total_keys, packing.device)
+
 
 @dataclass(frozen=True)
 class _Combination(Mask):
@@ -395,6 +433,9 @@ class Conjunction(_Combination):
     def lower(self, query_len: int, kv_len: int, device: torch.device) -> LoweredMask:
         return reduce(_lowered_and, (mask.lower(query_len, kv_len, device) for mask in self.masks))
 
+    def lower_packed(self, packing: Packing) -> LoweredMask:
+        return reduce(_lowered_and, (mask.lower_packed(packing) for mask in self.masks))
+
 
 class Disjunction(_Combination):
     """What `|` makes: any of its parts."""
@@ -404,6 +445,15 @@ class Disjunction(_Combination):
 
     def lower(self, query_len: int, kv_len: int, device: torch.device) -> LoweredMask:
         lowered = [mask.lower(query_len, kv_len, device) for mask in self.masks]
+        return self._either(lowered, query_len, kv_len, device)
+
+    def lower_packed(self, packing: Packing) -> LoweredMask:
+        lowered = [mask.lower_packed(packing) for mask in self.masks]
+        return self._either(lowered, packing.total_queries, packing.total_keys, packing.device)
+
+    def _either(
+        self, lowered: list[LoweredMask], query_len: int, kv_len: int, device: torch.device
+    ) -> LoweredMask:
         if any(part.bias is not None for part in lowered):
             raise TypeError("masks combined with | must be boolean, got a floating-point Dense mask")
         if any(part.blocks is not None for part in lowered):
@@ -526,10 +576,8 @@ def _segments_of(lowered: LoweredMask) -> tuple[Tensor, Tensor] | None:
 def _intersect_segments(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Ids that are equal where those of both are."""
     query_len, batch = a[0].size(1), max(a[0].size(0), b[0].size(0), a[1].size(0), b[1].size(0))
-    pairs = torch.stack(
-        [torch.cat([ids.expand(batch, -1) for ids in pair], dim=1) for pair in (a, b)], dim=-1
-    )
-    ids = torch.unique(pairs.flatten(0, 1), dim=0, return_inverse=True)[1].view(batch, -1).to(torch.int32)
+    high, low = (torch.cat([ids.expand(batch, -1) for ids in pair], dim=1) for pair in (a, b))
+    ids = torch.unique(high.to(torch.int64) * 2**32 + low, return_inverse=True)[1].to(torch.int32)
     return ids[:, :query_len], ids[:, query_len:]
 
 
