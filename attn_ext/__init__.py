@@ -19,6 +19,7 @@ from ._override import override_sdpa
 from ._version import __version__
 from .block_mask import BlockMask
 from .cache import CacheFullError, KVCache, PagedKVCache
+from .decode import attention_decode
 from .functional import attention, block_sparse_attention, scaled_dot_product_attention
 from .masks import Causal, Dense, KeyLengths, Mask, Prefix, Segments, SlidingWindow
 from .varlen import attention_varlen
@@ -37,6 +38,7 @@ __all__ = [
     "SlidingWindow",
     "__version__",
     "attention",
+    "attention_decode",
     "attention_varlen",
     "block_sparse_attention",
     "merge",

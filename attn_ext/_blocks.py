@@ -415,6 +415,7 @@ def visible_rows(blocks: Blocks, query_begin: int, query_end: int, kv_len: int) 
 def bits_at(bits: Tensor, tiles: Tensor, query: Tensor, key: Tensor) -> Tensor:
     """Whether `query` of a block sees `key` of it, given its tile, FULL or ABSENT."""
     if bits.size(0) == 0:
-        return (tiles == FULL).expand(torch.broadcast_shapes(tiles.shape, query.shape, key.shape))
+        full, shape = tiles == FULL, torch.broadcast_shapes(tiles.shape, query.shape, key.shape)
+        return full if full.shape == shape else full.expand(shape)  # numbers of flex_attention have no shape
     seen = (bits[tiles.clamp(min=0), key, query // 8] >> query % 8) & 1
     return torch.where(tiles < 0, tiles == FULL, seen != 0)

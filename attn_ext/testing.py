@@ -17,7 +17,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -133,6 +133,7 @@ def check_attention(
     grad: bool = True,
     lse: bool = True,
     grad_out: Tensor | None = None,
+    attention: Callable[..., tuple[Tensor, Tensor]] | None = None,
 ) -> None:
     """Asserts that `attn_ext.attention` agrees with the float64 reference, forward and backward.
 
@@ -144,6 +145,7 @@ def check_attention(
             `Dense` masks that require grad.
         lse: check the log-sum-exp and, with `grad`, let a gradient flow through it.
         grad_out: (B, Hq, Lq, Dv), the gradient of the output; random by default.
+        attention: what is called in the place of `attn_ext.attention`, and must agree.
 
     Raises:
         AssertionError: naming the first result that is out of bounds.
@@ -161,7 +163,7 @@ def check_attention(
     if dropout_p:
         factors = dropout_mask(dropout_seed, dropout_p, *query.shape[:3], key.size(2))
     outputs = {
-        "actual": attn_ext.attention(
+        "actual": (attention or attn_ext.attention)(
             *(leaves[name] for name in ("query", "key", "value")),
             **{name: leaves.get(name) for name in ("bias", "sinks")},
             **{"mask": mask, "dropout_p": dropout_p, "dropout_seed": dropout_seed, **call},

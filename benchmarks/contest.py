@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 
 from torch import Tensor
 
@@ -29,19 +31,11 @@ def time_case(case: Case, peers: list[Peer], *, threads: int = 1, plan: Plan = F
     first_call: dict[str, float] = {}
     for peer in peers:
         try:
-            if reason := peer.unsupported(case):
-                raise NotImplementedError(reason)
-            run = peer.prepare(case, inputs)
-            seconds, error = _check(run, judge)
-        except WrongResultError as wrong:
-            contenders[peer.name] = {"excluded": f"wrong: {wrong}"}
-        except NotImplementedError as refusal:
-            contenders[peer.name] = {"excluded": f"unsupported: {refusal}"}
-        except Exception as failure:  # whatever a peer raises, the others are measured
-            reason = str(failure).strip().splitlines()[:1]
-            contenders[peer.name] = {"excluded": f"failed: {type(failure).__name__}: {''.join(reason)}"}
+            run, first_call[peer.name], error = admit(partial(_prepare, peer, case, inputs), judge)
+        except ExcludedError as reason:
+            contenders[peer.name] = {"excluded": str(reason)}
         else:
-            runs[peer.name], first_call[peer.name] = run, seconds
+            runs[peer.name] = run
             contenders[peer.name] = {"error": error}
     del judge  # it holds matrices in float64
     samples = interleave(runs, first_call, plan)
@@ -51,12 +45,38 @@ def time_case(case: Case, peers: list[Peer], *, threads: int = 1, plan: Plan = F
     return contenders
 
 
-def _check(run: Run, judge: Judge) -> tuple[float, float]:
-    """The wall seconds of a warm-up call and the error of its results."""
-    start = time.perf_counter()
-    results: tuple[Tensor, ...] = run()
-    seconds = time.perf_counter() - start
-    return seconds, judge.error(results)
+class ExcludedError(Exception):
+    """The contender cannot be timed; the message says why."""
+
+
+def admit(prepare: Callable[[], Run], judge: Judge) -> tuple[Run, float, float]:
+    """Prepares a contender, warms it up and checks it.
+
+    Returns:
+        What to time, the wall seconds of the warm-up call, and the error of its results.
+
+    Raises:
+        ExcludedError: it does not support the case, fails or is wrong.
+    """
+    try:
+        run = prepare()
+        start = time.perf_counter()
+        results: tuple[Tensor, ...] = run()
+        seconds = time.perf_counter() - start
+        return run, seconds, judge.error(results)
+    except WrongResultError as wrong:
+        raise ExcludedError(f"wrong: {wrong}") from wrong
+    except NotImplementedError as refusal:
+        raise ExcludedError(f"unsupported: {refusal}") from refusal
+    except Exception as failure:  # whatever a peer raises, the others are measured
+        reason = "".join(str(failure).strip().splitlines()[:1])
+        raise ExcludedError(f"failed: {type(failure).__name__}: {reason}") from failure
+
+
+def _prepare(peer: Peer, case: Case, inputs: tuple[Tensor, Tensor, Tensor, Tensor]) -> Run:
+    if reason := peer.unsupported(case):
+        raise NotImplementedError(reason)
+    return peer.prepare(case, inputs)
 
 
 def _figures(case: Case, samples: Samples, baseline: Samples | None, clock: str) -> dict:

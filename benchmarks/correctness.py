@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 import attn_ext
-from attn_ext import reference
+from attn_ext import Mask, reference
 
 from .cases import Case
 
@@ -17,20 +17,46 @@ _ALL_HEADS_SCORES = 2**25
 # root: sixteen leave room for a peer that accumulates in that dtype, none for a wrong mask, scale or head.
 _EPSILONS = 16
 
+_ROWWISE = 2  # the output and the gradient of query have a row for each query
+
 
 class WrongResultError(RuntimeError):
     """The contender computed something else."""
 
 
 class Judge:
-    """Knows the right results of one case."""
+    """Knows the right results of one case.
 
-    def __init__(self, case: Case, inputs: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    Args:
+        inputs: those of the case.
+        mask: in the place of the case's own.
+        rows: compare these queries alone, so that no L x L matrix is needed; all by default.
+
+    Attributes:
+        inputs: what the results are to be computed from; grad_out is 0 outside of `rows`, so that the
+            gradients of keys and values come from them.
+    """
+
+    def __init__(
+        self,
+        case: Case,
+        inputs: tuple[Tensor, Tensor, Tensor, Tensor],
+        mask: Mask | None = None,
+        rows: slice | None = None,
+    ) -> None:
+        self.rows = slice(0, case.query_length) if rows is None else rows
+        *tensors, grad_out = inputs
+        if rows is not None:
+            kept = torch.zeros_like(grad_out)
+            kept[:, :, rows] = grad_out[:, :, rows]
+            grad_out = kept
+        self.inputs = (*tensors, grad_out)
+        self.visible = _visible(case, mask, self.rows)
         self.bound = _EPSILONS * torch.finfo(case.torch_dtype).eps
         self.shapes = [inputs[0].shape, *(tensor.shape for tensor in inputs[:3])]
         self.groups = _groups_to_compare(case)
         self.case = case
-        self.expected = [self._solve(batch, key_head, inputs) for batch, key_head in self.groups]
+        self.expected = [self._solve(batch, key_head) for batch, key_head in self.groups]
 
     def error(self, results: tuple[Tensor, ...]) -> float:
         """The largest relative error, in the Frobenius norm, of the output and of each gradient.
@@ -48,6 +74,8 @@ class Judge:
             difference = norm = 0.0
             for (batch, key_head), expected in zip(self.groups, self.expected, strict=True):
                 part = self._heads(result, batch, key_head).double()
+                if index < _ROWWISE:
+                    part = part[:, self.rows]
                 difference += float((part - expected[index]).square().sum())
                 norm += float(expected[index].square().sum())
             # A gradient that is exactly zero (one key only) is compared in absolute terms.
@@ -60,14 +88,16 @@ class Judge:
             worst = max(worst, error)
         return worst
 
-    def _solve(self, batch: int, key_head: int, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    def _solve(self, batch: int, key_head: int) -> list[Tensor]:
         """The output and, when the case asks for them, the gradients of one group of heads."""
         query, key, value, grad_out = (
-            self._heads(tensor.detach(), batch, key_head).double()[None] for tensor in inputs
+            self._heads(tensor, batch, key_head).double()[None] for tensor in self.inputs
         )
+        query, grad_out = query[:, :, self.rows], grad_out[:, :, self.rows]
         training = self.case.direction == "training"
         leaves = [tensor.requires_grad_(training) for tensor in (query, key, value)]
-        out = reference.attention(*leaves, mask=attn_ext.Causal() if self.case.causal else None)
+        mask = None if self.visible is None else self._heads(self.visible, batch, key_head)[None]
+        out = reference.attention(*leaves, mask=mask)
         gradients = torch.autograd.grad(out, leaves, grad_out) if training else ()
         return [tensor.detach()[0] for tensor in (out, *gradients)]
 
@@ -75,6 +105,15 @@ class Judge:
         """(B, H, L, D) -> (heads, L, D): key head ``key_head``, or the query heads that read it."""
         group = tensor.size(1) // self.case.key_heads
         return tensor.detach()[batch, key_head * group : (key_head + 1) * group]
+
+
+def _visible(case: Case, mask: Mask | None, rows: slice) -> Tensor | None:
+    """Which keys those queries see, (B, H, rows, Lk), or None for all."""
+    mask = attn_ext.Causal() if mask is None and case.causal else mask
+    if mask is None:
+        return None
+    lowered = mask.lower(case.query_length, case.key_length, torch.device("cpu"))
+    return lowered.visible(rows.start, rows.stop, case.key_length).expand(case.batch, case.heads, -1, -1)
 
 
 def _groups_to_compare(case: Case) -> list[tuple[int, int]]:

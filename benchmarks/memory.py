@@ -19,7 +19,7 @@ import torch
 
 from .cases import Case
 from .machine import ROOT
-from .peers import Peer, load_peers
+from .peers import Peer, Run, load_peers
 
 LENGTHS = (1024, 2048, 4096, 8192)
 CONTENDERS = ("attn_ext", "torch", "naive")
@@ -55,7 +55,12 @@ def _measure_in_fresh_process(case: Case, peer: str, threads: int) -> dict:
     if peer == "naive" and needed > _available_bytes():
         return {"excluded": f"not measured: needs about {needed / 2**30:.0f} GiB of memory"}
     spec = json.dumps({"case": asdict(case), "peer": peer, "threads": threads})
-    command = [sys.executable, "-m", "benchmarks.memory", spec]
+    return in_fresh_process("benchmarks.memory", spec)
+
+
+def in_fresh_process(module: str, *arguments: str) -> dict:
+    """``{"mib": ...}`` of the bytes that a module prints, or ``{"excluded": reason}``."""
+    command = [sys.executable, "-m", module, *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
@@ -97,8 +102,11 @@ def measure_peak_bytes(case: Case, peer: Peer) -> int:
     """Solves the case once; the growth of the peak, less the results that are returned."""
     warm_up = replace(case, query_length=_WARM_UP_LENGTH, key_length=_WARM_UP_LENGTH)
     peer.prepare(warm_up, warm_up.inputs())()
-    inputs = case.inputs()
-    run = peer.prepare(case, inputs)
+    return peak_growth(peer.prepare(case, case.inputs()))
+
+
+def peak_growth(run: Run) -> int:
+    """By how many bytes a call raises the peak, less the results that it returns."""
     _forget_peak()
     before = _peak_bytes()
     results = run()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +19,7 @@ from torch import Tensor
 import attn_ext
 from attn_ext import Causal, Dense, KeyLengths, Prefix, Segments, SlidingWindow, reference, testing
 
-from .timing import FULL, QUICK, Plan, clock_for, interleave, ratios
+from .timing import FULL, QUICK, Plan, clock_for, race, ratios
 
 SEED = 1234
 
@@ -152,8 +151,7 @@ def measure(option: Option, dtype: str, plan: Plan) -> list[str]:
             mask = option.torch_mask()
             mask = mask if mask.dtype == torch.bool else mask.to(inputs[0].dtype)
             contenders["torch"] = lambda: F.scaled_dot_product_attention(*inputs, mask)
-    first = {name: _seconds(function) for name, function in contenders.items()}
-    samples = interleave(contenders, first, plan)
+    samples = race(contenders, plan)
     clock = clock_for(1)
     milliseconds = {name: 1e3 * statistics.median(sample.seconds(clock)) for name, sample in samples.items()}
     cost = statistics.median(ratios(samples["with"], samples["without"], clock)) / option.share
@@ -172,12 +170,6 @@ def measure(option: Option, dtype: str, plan: Plan) -> list[str]:
         else ""
     )
     return [*row, versus]
-
-
-def _seconds(function: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
 
 
 def _backward(inputs: list[Tensor], arguments: dict[str, Any]) -> Callable[[], object]:

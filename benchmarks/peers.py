@@ -48,17 +48,21 @@ class Peer:
 
     def prepare(self, case: Case, inputs: tuple[Tensor, Tensor, Tensor, Tensor]) -> Run:
         """What is timed; it returns the output and, in training, the gradients of query, key and value."""
-        attend = self.attend(case)
-        query, key, value, grad_out = inputs
+        return bind(self.attend(case), case, inputs)
 
-        def forward() -> tuple[Tensor, ...]:
-            return (attend(query, key, value),)
 
-        def training() -> tuple[Tensor, ...]:
-            out = attend(query, key, value)
-            return (out, *torch.autograd.grad(out, (query, key, value), grad_out))
+def bind(attend: Attend, case: Case, inputs: tuple[Tensor, Tensor, Tensor, Tensor]) -> Run:
+    """`attend` on the inputs of a case, with the backward if it is one of training."""
+    query, key, value, grad_out = inputs
 
-        return training if case.direction == "training" else forward
+    def forward() -> tuple[Tensor, ...]:
+        return (attend(query, key, value),)
+
+    def training() -> tuple[Tensor, ...]:
+        out = attend(query, key, value)
+        return (out, *torch.autograd.grad(out, (query, key, value), grad_out))
+
+    return training if case.direction == "training" else forward
 
 
 def _with_options(sdpa: Attend, case: Case) -> Attend:

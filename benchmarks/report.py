@@ -34,9 +34,7 @@ def render_header(document: dict) -> str:
     peak = document["peak"]
     rates = ", ".join(f"{name} {rate:.0f}" for name, rate in peak.items() if isinstance(rate, float))
     lines = [
-        f"Machine: {machine['cpu']} ({machine['cpu_model']}), {machine['cores']} cores, "
-        f"{' '.join(machine['isa'])}; torch {machine['torch']} on {machine['torch_isa']}, "
-        f"attn_ext on {machine['attn_ext_isa']}.",
+        render_machine(machine),
         f"Measured arithmetic peak of {threads}, GFLOP/s: {rates}."
         if rates
         else f"Arithmetic peak not measured: {peak.get('missing')}.",
@@ -47,6 +45,15 @@ def render_header(document: dict) -> str:
         f"Commit {document['commit']}, {document['date']}.",
     ]
     return "# Benchmarks\n\n" + "\n".join(f"- {line}" for line in lines)
+
+
+def render_machine(machine: dict) -> str:
+    """What `describe_machine` says, as a sentence."""
+    return (
+        f"Machine: {machine['cpu']} ({machine['cpu_model']}), {machine['cores']} cores, "
+        f"{' '.join(machine['isa'])}; torch {machine['torch']} on {machine['torch_isa']}, "
+        f"attn_ext on {machine['attn_ext_isa']}."
+    )
 
 
 def _contenders(versions: dict[str, str]) -> str:

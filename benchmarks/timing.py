@@ -59,6 +59,16 @@ def clock_for(threads: int) -> str:
     return "cpu" if threads == 1 else "wall"
 
 
+def race(contenders: dict[str, Callable[[], object]], plan: Plan = FULL) -> dict[str, Samples]:
+    """Warms callables up by one call each and interleaves them."""
+    first_call = {}
+    for name, function in contenders.items():
+        start = time.perf_counter()
+        function()
+        first_call[name] = time.perf_counter() - start
+    return interleave(contenders, first_call, plan)
+
+
 def interleave(
     contenders: dict[str, Callable[[], object]], first_call: dict[str, float], plan: Plan = FULL
 ) -> dict[str, Samples]:

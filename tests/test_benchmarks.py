@@ -14,8 +14,10 @@ from torch import Tensor
 
 import attn_ext
 from benchmarks import __main__ as command_line
+from benchmarks import decode as benchmark_decode
 from benchmarks import environment, memory, native, peak, peers, plots, report, timing
 from benchmarks import options as benchmark_options
+from benchmarks import sparse as benchmark_sparse
 from benchmarks.cases import DENSE, OVERHEAD, SUITES, TRAINING, Case
 from benchmarks.contest import time_case
 from benchmarks.correctness import Judge, WrongResultError
@@ -166,6 +168,21 @@ def test_judge_rejects_wrong_results():
     rejected((out * float("nan"), *gradients), "output")
     rejected((out.float(), *gradients), "float32")
     rejected((out[:, :1], *gradients), "expected")
+
+
+def test_judge_compares_some_rows_and_what_they_add_to_the_gradients():
+    case = Case(4, 96, 16, direction="training", key_heads=2)
+    mask = attn_ext.patterns.longformer(96, 8, [0], block_size=16)
+    judge = Judge(case, case.inputs(), mask, slice(40, 56))
+
+    def results(mask: attn_ext.Mask, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return peers.bind(lambda *tensors: attn_ext.attention(*tensors, mask=mask), case, inputs)()
+
+    assert 0 < judge.error(results(mask, judge.inputs)) < judge.bound
+    with pytest.raises(WrongResultError, match="grad_key"):
+        judge.error(results(mask, case.inputs()))  # the gradients of all rows
+    with pytest.raises(WrongResultError, match="output"):
+        judge.error(results(attn_ext.SlidingWindow(8, 8), judge.inputs))
 
 
 def test_judge_compares_sampled_heads_of_large_cases(monkeypatch: pytest.MonkeyPatch):
@@ -403,3 +420,80 @@ def test_options_are_a_markdown_table(capsys: pytest.CaptureFixture[str]):
     header, rule, *rows = capsys.readouterr().out.splitlines()
     assert {line.count("|") for line in (header, rule, *rows)} == {8}
     assert len(rows) == 2
+
+
+TINY_SPARSE = benchmark_sparse.Size(
+    256, (128, 256), 256, 1024, dtypes=("float32",), block_sizes=(64,), plan=TINY
+)
+
+
+def rows_of(section: str) -> list[list[str]]:
+    """The cells of a section's table, its header first."""
+    table = [line for line in section.splitlines() if line.startswith("|")]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+    return [rows[0], *rows[2:]]
+
+
+def test_sparse_density(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(benchmark_sparse, "DENSITIES", (0.5,))
+    section = benchmark_sparse.density(TINY_SPARSE)
+    _, forward, training = rows_of(section)
+    assert forward[:4] == ["forward", "64", "float32", "50%"]
+    assert all(float(cell) > 0 for cell in (*forward[4:], *training[4:7])), section
+    assert training[7:] == ["", ""]
+
+
+def test_sparse_contenders_that_fail_or_are_wrong_have_a_line_and_no_number(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    def fails(*_: Tensor) -> Tensor:
+        raise OSError("no compiler")
+
+    right = attn_ext.attention
+    monkeypatch.setattr(benchmark_sparse, "_flex", lambda block_mask: fails)
+    monkeypatch.setattr(attn_ext, "attention", lambda *inputs, **options: right(*inputs))
+    section = benchmark_sparse.window(TINY_SPARSE)
+    header, first, second = rows_of(section)
+    ways = header.index("patterns.sliding_window, ms")
+    for row in (first, second):
+        assert float(row[ways]) > 0
+        assert row[ways + 1 : ways + 3] == ["", ""]
+    assert "- FlexAttention: failed: OSError: no compiler" in section
+    assert "- SlidingWindow: wrong: output is off by" in section
+
+
+def test_sparse_longformer_has_times_and_peaks_of_every_length():
+    header, *rows = rows_of(benchmark_sparse.longformer(TINY_SPARSE))
+    assert [row[:2] for row in rows] == [
+        [label, length] for label in ("forward", "forward + backward") for length in ("128", "256")
+    ]
+    for name in ("ms", "peak MiB"):
+        assert all(float(row[header.index(name)]) >= 0 for row in rows)
+    assert [bool(row[header.index("x half as long")]) for row in rows] == [False, True] * 2
+
+
+def test_sparse_building_makes_every_pattern(capsys: pytest.CaptureFixture[str]):
+    made = {name.split("(")[0] for name in benchmark_sparse.builders(1024)}
+    documented = (ROOT / "docs" / "sparse.md").read_text()
+    for name in {*attn_ext.patterns.__all__} - {"LSH", "deepspeed"}:
+        assert name in made
+        assert f"`{name}" in documented
+    benchmark_sparse.main(["building", "--quick"])
+    rows = rows_of(capsys.readouterr().out)
+    assert len(rows) == 1 + len(benchmark_sparse.builders(1024))
+    with pytest.raises(SystemExit):
+        benchmark_sparse.main(["no_such_section"])
+
+
+def test_every_step_of_decoding_is_checked_and_timed():
+    hasty = timing.Plan(budget=0, most_rounds=1, fewest_rounds=1, least_round=0)
+    for step in benchmark_decode.steps(64):
+        row = benchmark_decode.measure(step, 1, hasty)
+        assert all(float(cell) > 0 for cell in row[2:6])
+        assert bool(row[6]) == (step.cache not in benchmark_decode.LARGEST)
+
+
+def test_a_step_that_is_computed_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(benchmark_decode, "attention_decode", lambda query, *_, **__: query)
+    with pytest.raises(RuntimeError, match=r"off by .* of its norm"):
+        benchmark_decode.measure(benchmark_decode.steps(64)[0], 1, timing.QUICK)

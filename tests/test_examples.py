@@ -166,3 +166,23 @@ def test_self_attention_table() -> None:
         assert attn_ext_ms > 0
         if length == "512":
             assert attn_ext_mib < einsum_mib
+
+
+def test_long_document_learns_and_prints_its_costs() -> None:
+    output = run_example("long_document.py", "--tokens", 4096, "--steps", 8, "--width", 32, "--threads", 1)
+    losses = [float(loss) for loss in re.findall(r"^ +\d+ +(\d\.\d\d) +\S+%", output, re.MULTILINE)]
+    assert len(losses) == 8
+    assert losses[-1] < losses[0] - 1
+    written, hidden, filled = (
+        re.search(rf"^  {label} +(.*)$", output, re.MULTILINE)[1]
+        for label in ("written", "hidden", "filled in")
+    )
+    assert "_" in hidden
+    assert all(shown in (letter, "_") for shown, letter in zip(hidden, written, strict=False))
+    assert filled != hidden
+    assert re.search(r"one matrix of all scores 0\.2 GiB", output)
+
+
+def test_long_document_rejects_a_length_that_is_not_there() -> None:
+    with pytest.raises(AssertionError, match="--tokens must be from 1024 to"):
+        run_example("long_document.py", "--tokens", 10**9)

@@ -125,3 +125,12 @@ def test_adding_the_same_to_every_key_shifts_only_lse(dtype: torch.dtype) -> Non
     shifted_out, shifted_lse = attn_ext.attention(query, key + shift, value, return_lse=True)
     torch.testing.assert_close(shifted_out, out)
     torch.testing.assert_close(shifted_lse, lse + (query * shift).sum(-1) / 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rows", [1, 40])
+def test_tiles_long_ago_weigh_no_more_than_the_last(dtype: torch.dtype, rows: int) -> None:
+    length = 16384
+    query, key = torch.zeros(1, 1, rows, 4, dtype=dtype), torch.randn(1, 1, length, 4, dtype=dtype)
+    value = (torch.arange(length) < length // 2).to(dtype).view(1, 1, length, 1)
+    check_attention(query, key, value, grad=False)

@@ -2,69 +2,13 @@
 //
 // Callers explain a bad argument better than a C++ exception can; the checks here are the last line, so that no
 // argument whatever reaches a kernel that would read or write outside a tensor.
-#include <optional>
-
-#include "bindings/tensor.h"
+#include "bindings/arguments.h"
 #include "bindings/torch_executor.h"
 #include "core/dropout.h"
 #include "cpu/kernel_table.h"
 
 namespace attn_ext::bindings {
 namespace {
-
-constexpr int64_t kMaxHeadDim = 1024;
-
-// The arguments of a boxed call, in schema order.  Each is taken, and so owned, before anything can throw.
-class Arguments {
- public:
-  explicit Arguments(StableIValue* stack) : next_(stack) {}
-  Tensor tensor() { return Tensor(take<AtenTensorHandle>()); }
-  Tensor optional_tensor() { return Tensor(take<std::optional<AtenTensorHandle>>().value_or(nullptr)); }
-  double number() { return take<double>(); }
-  int64_t integer() { return take<int64_t>(); }
-  bool flag() { return take<bool>(); }
-  std::optional<int64_t> optional_int() { return take<std::optional<int64_t>>(); }
-
- private:
-  template <class T>
-  T take() {
-    return torch::stable::detail::to<T>(*next_++);
-  }
-  StableIValue* next_;
-};
-
-// Hands the results over to the caller of a boxed call.
-template <class... Tensors>
-void give(StableIValue* stack, Tensors&... results) {
-  ((*stack++ = torch::stable::detail::from(results.release())), ...);
-}
-
-void check_cpu(const Tensor& tensor, const char* name) {
-  STD_TORCH_CHECK(tensor.on_cpu(), name, " must be a CPU tensor, as query is");
-}
-
-void check_dim(const Tensor& tensor, const char* name, int64_t dim) {
-  STD_TORCH_CHECK(tensor.dim() == dim, name, " must have ", dim, " dimensions, got shape ", shape_string(tensor));
-}
-
-void check_dtype(const Tensor& tensor, const char* name, DType dtype, const char* expected) {
-  STD_TORCH_CHECK(tensor.is(dtype), name, " must have ", expected);
-}
-
-template <int N>
-void check_shape(const Tensor& tensor, const char* name, const int64_t (&sizes)[N]) {
-  check_dim(tensor, name, N);
-  STD_TORCH_CHECK(std::equal(sizes, sizes + N, tensor.sizes()), name, " must have shape ", shape_string(sizes, N),
-                  ", got ", shape_string(tensor));
-}
-
-DType compute_dtype(const Tensor& query) {
-  for (int i = 0; i < kComputeDTypes; ++i)
-    if (query.is(static_cast<DType>(i))) return static_cast<DType>(i);
-  STD_TORCH_CHECK(false, "query must be float32, float64, float16 or bfloat16");
-}
-
-DType statistics_dtype(DType dtype) { return dtype == DType::float64 ? DType::float64 : DType::float32; }
 
 AttentionShape checked_shape(const Tensor& query, const Tensor& key, const Tensor& value, DType dtype) {
   check_cpu(query, "query");
@@ -101,14 +45,6 @@ void check_broadcasts(const Tensor& tensor, const char* name, const AttentionSha
   for (int d = 0; d < 4; ++d)
     STD_TORCH_CHECK(tensor.size(d) == 1 || tensor.size(d) == full[d], name, " must broadcast to ", shape_string(full, 4),
                     ", got ", shape_string(tensor));
-}
-
-// (batch or 1, length)
-void check_rows(const Tensor& tensor, const char* name, int64_t batch, int64_t length) {
-  check_cpu(tensor, name);
-  check_dim(tensor, name, 2);
-  STD_TORCH_CHECK((tensor.size(0) == 1 || tensor.size(0) == batch) && tensor.size(1) == length, name, " must be (",
-                  batch, " or 1, ", length, "), got ", shape_string(tensor));
 }
 
 MaskParams::KeyRanges checked_key_ranges(Tensor& ranges, const AttentionShape& shape) {

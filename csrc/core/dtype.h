@@ -1,4 +1,4 @@
-// 16-bit floating-point storage and its scalar conversions (round to nearest even, NaN stays NaN).
+// Narrow storage and its scalar conversions (round to nearest even; NaN stays NaN where there is one).
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -12,6 +12,10 @@ struct BFloat16 {
 };
 struct Float16 {
   uint16_t bits;
+};
+// OCP 8-bit floating point (2023), e4m3: 4 bits of exponent, 3 of mantissa, no infinity, all ones is NaN.
+struct Float8E4M3 {
+  uint8_t bits;
 };
 
 template <class To, class From>
@@ -30,6 +34,12 @@ ATTN_HD float to_float(Float16 x) {
   if (magnitude >= 0x7c00) return bit_cast<float>(sign | 0x7f800000 | (magnitude & 0x3ff) << 13);
   // Shifted into place the exponent is 112 too small; the product corrects it, and makes subnormals right too.
   return bit_cast<float>(sign | bit_cast<uint32_t>(bit_cast<float>(magnitude << 13) * 0x1p112f));
+}
+ATTN_HD float to_float(int8_t x) { return x; }
+ATTN_HD float to_float(Float8E4M3 x) {
+  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x80) << 24, magnitude = x.bits & 0x7f;
+  if (magnitude == 0x7f) return bit_cast<float>(sign | 0x7fc00000);
+  return bit_cast<float>(sign | bit_cast<uint32_t>(bit_cast<float>(magnitude << 20) * 0x1p120f));
 }
 
 template <class T>
@@ -56,6 +66,28 @@ struct FromFloat<Float16> {
       return {static_cast<uint16_t>(sign | (bit_cast<uint32_t>(rounded) - 0x3f000000))};
     }
     return {static_cast<uint16_t>(sign | ((magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13))};
+  }
+};
+// Out of range is the largest code, as in quantisation it must be.
+template <>
+struct FromFloat<int8_t> {
+  ATTN_HD static int8_t convert(float x) {
+    const float clamped = x > 127 ? 127 : x >= -127 ? x : x < -127 ? -127.f : 0.f;  // NaN is 0
+    const float magic = 12582912.f;                                             // 1.5 * 2^23: its sums are integers
+    return static_cast<int8_t>(static_cast<int32_t>((clamped + magic) - magic));
+  }
+};
+template <>
+struct FromFloat<Float8E4M3> {
+  ATTN_HD static Float8E4M3 convert(float x) {
+    const uint32_t u = bit_cast<uint32_t>(x), sign = u >> 24 & 0x80, magnitude = u & 0x7fffffff;
+    if (magnitude > 0x7f800000) return {static_cast<uint8_t>(sign | 0x7f)};
+    if (magnitude >= 0x43e00000) return {static_cast<uint8_t>(sign | 0x7e)};  // 448
+    if (magnitude < 0x3c800000) {  // below 2^-6, subnormal: let the addition of 2^14 round at 2^-9
+      const float rounded = bit_cast<float>(magnitude) + 16384.f;
+      return {static_cast<uint8_t>(sign | (bit_cast<uint32_t>(rounded) - 0x46800000))};
+    }
+    return {static_cast<uint8_t>(sign | ((magnitude - 0x3c000000 + 0x7ffff + (magnitude >> 20 & 1)) >> 20))};
   }
 };
 template <class T, class F>

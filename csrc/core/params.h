@@ -135,4 +135,53 @@ struct BackwardParams : AttentionParams {
   double* grad_sinks = nullptr;    // [heads]
 };
 
+// What the numbers of a cache are: those of the query's dtype, or 8-bit codes, each page and head with a scale of its own.
+enum class CacheFormat : int32_t { plain, int8, float8_e4m3 };
+constexpr int kCacheFormats = 3;
+
+// Keys or values of all sequences: (pages, kv_heads, page_size, columns), stride_column 1.
+struct CacheView : TensorView {
+  const float* scale = nullptr;  // [pages][kv_heads], what the codes are multiplied by; null for plain caches
+};
+
+// A few queries of each sequence over its cache, to which new keys and values are appended first.
+// shape.kv_len is the number of rows to append.  With total = lengths[b] + kv_len, query i is token total - query_len + i
+// of its sequence; it sees the keys at its own position, the `window_left` before it and none after.
+struct DecodeParams {
+  AttentionShape shape;
+  DType dtype = DType::float32;  // of query, out, new_key and new_value
+  CacheFormat format = CacheFormat::plain;
+  ScoreParams score;  // no bias
+
+  CacheView key_cache, value_cache;
+  int64_t page_size = 0;
+  const int64_t* lengths = nullptr;  // [batch]: tokens in the cache before the append
+  const int64_t* pages = nullptr;    // [batch][pages_per_sequence], read where first_key() to total are
+  int64_t pages_per_sequence = 0;
+  int64_t window_left = std::numeric_limits<int64_t>::max();
+  int64_t splits = 0;  // into how many ranges the keys of a sequence are cut; 0: the kernel decides, from each length alone
+
+  ConstTensorView query, new_key, new_value;  // stride_column is 1
+  TensorView out;                             // stride_column is 1
+  void* lse = nullptr;                        // (batch, heads, query_len), contiguous; see ForwardParams
+
+  // Rotary embedding (Su et al. 2021, "RoFormer") of the first 2 * half columns of query and new_key: pairs of columns
+  // (2 c, 2 c + 1) if interleaved, else (c, c + half), are turned by the angle of row `position` of cos and sin.
+  struct Rotary {
+    ConstTensorView cos, sin;  // of (1, 1, positions, half), stride_column 1; null: none
+    DType dtype = DType::float32;
+    int64_t half = 0;
+    bool interleaved = false;
+  } rotary;
+
+  ATTN_HD int64_t total(int64_t b) const { return lengths[b] + shape.kv_len; }
+  ATTN_HD int64_t position(int64_t b, int64_t query) const { return total(b) - shape.query_len + query; }
+  // The first key that any query of the sequence sees.
+  ATTN_HD int64_t first_key(int64_t b) const { return first_key(b, 0); }
+  ATTN_HD int64_t first_key(int64_t b, int64_t query) const {
+    const int64_t at = position(b, query);
+    return at > window_left ? at - window_left : 0;
+  }
+};
+
 }  // namespace attn_ext

@@ -113,6 +113,7 @@ const KernelTable& kernel_table() {
         for (int dtype = 0; dtype < kComputeDTypes; dtype++) {
           if (!of[i].forward[dtype]) of[i].forward[dtype] = of[i - 1].forward[dtype];
           if (!of[i].backward[dtype]) of[i].backward[dtype] = of[i - 1].backward[dtype];
+          if (!of[i].decode[dtype]) of[i].decode[dtype] = of[i - 1].decode[dtype];
         }
       }
     }

@@ -16,14 +16,7 @@ class FlashForward {
   using V = Vec<Acc>;
   using Tiles = KeyTiles<Arith, T>;
   static constexpr int W = kLanes<Acc>, L = kGroupLanes<Acc>, kGroups = ForwardTile<Arith>::kLaneGroups;
-  struct Math {
-    using Value = V;
-    static INLINE V splat(Acc x) { return cpu::splat(x); }
-    static INLINE V max(V a, V b) { return cpu::max(a, b); }
-    static INLINE V exp2(V x) { return cpu::exp2<Arith::kExp2Degree>(x); }
-    static INLINE V weight(V x) { return cpu::exp2<Arith::kExp2Degree, kHeadroom>(x); }
-  };
-  using Softmax = OnlineSoftmax<Acc, Math>;
+  using Softmax = OnlineSoftmax<Acc, LaneMath<Acc, Arith::kExp2Degree>>;
 
   const ForwardParams& p;
   const AttentionShape& shape = p.shape;

@@ -9,8 +9,10 @@ namespace attn_ext::cpu {
 struct KernelTable {
   using Forward = void (*)(const ForwardParams&, const Executor&);
   using Backward = void (*)(const BackwardParams&, const Executor&);
+  using Decode = void (*)(const DecodeParams&, const Executor&);
   Forward forward[kComputeDTypes];    // indexed by DType
   Backward backward[kComputeDTypes];  // indexed by DType
+  Decode decode[kComputeDTypes];      // indexed by DType
 };
 
 // In the order of preference: a later one needs everything an earlier one needs.

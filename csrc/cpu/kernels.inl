@@ -3,6 +3,7 @@
 #include "core/online_softmax.h"
 #include "cpu/simd.h"
 #include "cpu/microkernel.h"
+#include "cpu/lane_math.inl"
 #include "cpu/rows.inl"
 #include "cpu/lane_blocks.inl"
 #include "cpu/lane_mask.inl"
@@ -12,6 +13,7 @@
 #include "cpu/flash_forward.inl"
 #include "cpu/bias_gradient.inl"
 #include "cpu/flash_backward.inl"
+#include "cpu/decode.inl"
 
 // One function per dtype, in the order of DType.  fp16, and bf16 where the processor has no bf16 products, are widened
 // once and computed in fp32.

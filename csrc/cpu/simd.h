@@ -255,6 +255,21 @@ INLINE void transpose<float>(Vec<float> (&a)[16]) {
 }
 #endif
 
+// Lane i of the result is the sum of the lanes of a[i]: half as many shuffles as transposing and adding.
+template <class E>
+INLINE Vec<E> sums_of_lanes(const Vec<E>* vectors) {
+  constexpr int n = kLanes<E>;
+  using Sequence = std::make_integer_sequence<int, n>;
+  Vec<E> a[n];
+  UNROLL for (int i = 0; i < n; i++) a[i] = vectors[i];
+  UNROLL for (int half = n / 2; half > 0; half /= 2) {
+    UNROLL for (int i = 0; i < half; i++) {
+      a[i] = interleave_low<E>(a[i], a[i + half], Sequence{}) + interleave_high<E>(a[i], a[i + half], Sequence{});
+    }
+  }
+  return a[0];
+}
+
 // kLanes bytes as integers.
 #if defined(ATTN_EXT_AVX512)
 INLINE IntVec<float> widen_bytes(const uint8_t* p, float) {
@@ -296,6 +311,17 @@ INLINE Vec<float> widen(const BFloat16* p) {
 INLINE Vec<float> widen(const Float16* p) {
   return (Vec<float>)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
 }
+INLINE Vec<float> widen(const int8_t* p) {
+  return (Vec<float>)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+}
+// As fp16 whose exponent is 8 too small: the conversion knows subnormal numbers, at full speed.
+INLINE Vec<float> widen(const Float8E4M3* p) {
+  const __m256i codes = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p));
+  const __m256i bits = _mm256_and_si256(_mm256_slli_epi16(codes, 7), _mm256_set1_epi16(~0x4000));
+  const __mmask16 nan = _mm256_cmpeq_epi16_mask(_mm256_and_si256(bits, _mm256_set1_epi16(0x3f80)), _mm256_set1_epi16(0x3f80));
+  const __m256i with_nan = _mm256_mask_mov_epi16(bits, nan, _mm256_set1_epi16(0x7e00));
+  return (Vec<float>)_mm512_mul_ps(_mm512_cvtph_ps(with_nan), _mm512_set1_ps(256));
+}
 INLINE void narrow(BFloat16* p, Vec<float> v) {
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16((__m512i)bfloat16_bits(v)));
 }
@@ -307,6 +333,17 @@ INLINE Vec<float> widen(const BFloat16* p) {
   return (Vec<float>)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
 }
 INLINE Vec<float> widen(const Float16* p) { return (Vec<float>)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+INLINE Vec<float> widen(const int8_t* p) {
+  return (Vec<float>)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+}
+// As fp16 whose exponent is 8 too small: the conversion knows subnormal numbers, at full speed.
+INLINE Vec<float> widen(const Float8E4M3* p) {
+  const __m128i codes = _mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i*)p));
+  const __m128i bits = _mm_and_si128(_mm_slli_epi16(codes, 7), _mm_set1_epi16(~0x4000));
+  const __m128i nan = _mm_cmpeq_epi16(_mm_and_si128(codes, _mm_set1_epi16(0x7f)), _mm_set1_epi16(0x7f));
+  const __m128i with_nan = _mm_blendv_epi8(bits, _mm_set1_epi16(0x7e00), nan);
+  return (Vec<float>)_mm256_mul_ps(_mm256_cvtph_ps(with_nan), _mm256_set1_ps(256));
+}
 INLINE void narrow(BFloat16* p, Vec<float> v) {
   const __m256i u = (__m256i)bfloat16_bits(v);
   _mm_storeu_si128((__m128i*)p, _mm_packus_epi32(_mm256_castsi256_si128(u), _mm256_extracti128_si256(u, 1)));

@@ -9,6 +9,7 @@
 
 namespace attn_ext::cpu {
 extern const KernelTable avx512_kernels;
-const KernelTable avx512_kernels = {ATTN_EXT_KERNELS(flash_forward), ATTN_EXT_KERNELS(flash_backward)};
+const KernelTable avx512_kernels = {ATTN_EXT_KERNELS(flash_forward), ATTN_EXT_KERNELS(flash_backward),
+                                    {decode<float>, decode<double>, decode<Float16>, decode<BFloat16>}};
 }  // namespace attn_ext::cpu
 #pragma GCC pop_options

@@ -13,6 +13,7 @@ extern const KernelTable avx512_bf16_kernels;
 const KernelTable avx512_bf16_kernels = {
     {nullptr, nullptr, nullptr, flash_forward<BFloat16Arithmetic, BFloat16>},
     {nullptr, nullptr, nullptr, flash_backward<BFloat16Arithmetic, BFloat16>},
+    {},  // the products of bf16 are slower than unpacking to fp32
 };
 }  // namespace attn_ext::cpu
 #pragma GCC pop_options

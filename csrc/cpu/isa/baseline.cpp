@@ -6,5 +6,6 @@
 
 namespace attn_ext::cpu {
 extern const KernelTable baseline_kernels;
-const KernelTable baseline_kernels = {ATTN_EXT_KERNELS(flash_forward), ATTN_EXT_KERNELS(flash_backward)};
+const KernelTable baseline_kernels = {ATTN_EXT_KERNELS(flash_forward), ATTN_EXT_KERNELS(flash_backward),
+                                      {decode<float>, decode<double>, decode<Float16>, decode<BFloat16>}};
 }  // namespace attn_ext::cpu
