@@ -151,12 +151,17 @@ def _settings(
         kv_segments=options.kv_segments,
         band_lower=options.band_lower,
         band_upper=options.band_upper,
-        blocks=None if options.block_offsets is None else Blocks(*options[8:12]),
+        blocks=None if options.block_offsets is None else Blocks(*options[9:13]),
     )
     visible = lowered.visible(*rows, kv_len, inputs.query.device)
     added = dropout = None
     if options.alibi_slopes is not None:
-        added = reference.alibi(options.alibi_slopes.to(dtype), query_len, kv_len, *rows)
+        slopes, positions = options.alibi_slopes.to(dtype), options.alibi_positions
+        if positions is None:
+            positions = torch.arange(query_len, device=slopes.device) + (kv_len - query_len)
+        if slopes.size(2) != 1:
+            slopes = _narrow(slopes, rows)
+        added = reference.alibi_at(slopes, positions[slice(*rows)], kv_len)
     if options.dropout_p > 0:
         kept = dropout_mask(options.dropout_seed, options.dropout_p, batch, heads, *rows, kv_len)
         dropout = reference.dropout_factors(kept, options.dropout_p, dtype)

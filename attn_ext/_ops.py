@@ -53,6 +53,7 @@ class Options(NamedTuple):
     query_segments: Tensor | None = None
     kv_segments: Tensor | None = None
     alibi_slopes: Tensor | None = None
+    alibi_positions: Tensor | None = None
     dropout_seed: Tensor | None = None
     block_offsets: Tensor | None = None  # the fields of _blocks.Blocks
     block_indices: Tensor | None = None
@@ -470,7 +471,13 @@ def _vmap_rule(operator: Any) -> Any:
     broadcast = {
         *("bias", "mask", "key_ranges", "query_segments", "kv_segments", "alibi_slopes", "block_offsets")
     }
-    alone = {"sinks", "block_indices", "block_tiles", "block_bits"}  # have no batch dimension
+    alone = {
+        "sinks",
+        "alibi_positions",
+        "block_indices",
+        "block_tiles",
+        "block_bits",
+    }  # have no batch dimension
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
         size = info.batch_size

@@ -237,8 +237,13 @@ def attend_lowered(
     dropout_p: float,
     dropout_seed: int | Tensor | None,
     return_lse: bool,
+    alibi_positions: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`attention`, of a mask in the terms of the kernels."""
+    """`attention`, of a mask in the terms of the kernels.
+
+    Slopes may also be (B or 1, Hq, Lq or 1); alibi_positions (Lq,), int64, are the queries' places among the
+    keys, i + Lk - Lq by default.
+    """
     scale = query.shape[3] ** -0.5 if scale is None else _finite(scale)
     if not (bias is softcap is alibi_slopes is sinks is dropout_seed is None and dropout_p == 0.0):
         _refuse_what_operators_take(bias, softcap, alibi_slopes, sinks, dropout_p)
@@ -253,7 +258,8 @@ def attend_lowered(
     if alibi_slopes is not None:
         if alibi_slopes.requires_grad and torch.is_grad_enabled():
             raise NotImplementedError("alibi_slopes")  # explained by the caller
-        alibi_slopes = alibi_slopes.unsqueeze(0) if alibi_slopes.dim() == 1 else alibi_slopes
+        if alibi_slopes.dim() < 3:
+            alibi_slopes = alibi_slopes.view(-1, alibi_slopes.size(-1), 1)
     if not (softcap or alibi_slopes is not None or sinks is not None or dropout_p or return_lse) and (
         lowered.query_segments is lowered.blocks is None
     ):
@@ -273,6 +279,7 @@ def attend_lowered(
         sinks,
         *lowered[1:5],
         alibi_slopes,
+        alibi_positions,
         _seed(dropout_seed, query.device) if dropout_p else None,
         *(lowered.blocks or _NO_BLOCKS),
         scale,

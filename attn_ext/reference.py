@@ -137,9 +137,14 @@ def softmax_scores(
 
 def alibi(slopes: Tensor, query_len: int, kv_len: int, query_begin: int, query_end: int) -> Tensor:
     """What ALiBi adds to the scores of some queries, (B or 1, H, rows, Lk), of slopes (H,) or (B, H)."""
-    row = torch.arange(query_begin, query_end, device=slopes.device).unsqueeze(1)
-    distance = (row + (kv_len - query_len) - torch.arange(kv_len, device=slopes.device)).abs()
-    return -slopes.reshape(-1, slopes.size(-1), 1, 1) * distance
+    positions = torch.arange(query_begin, query_end, device=slopes.device) + (kv_len - query_len)
+    return alibi_at(slopes.reshape(-1, slopes.size(-1), 1), positions, kv_len)
+
+
+def alibi_at(slopes: Tensor, positions: Tensor, kv_len: int) -> Tensor:
+    """The same of queries at these places among the keys, (rows,), with slopes (B or 1, H, rows or 1)."""
+    distance = (positions.unsqueeze(1) - torch.arange(kv_len, device=positions.device)).abs()
+    return -slopes.unsqueeze(-1) * distance
 
 
 def dropout_factors(kept: Tensor, dropout_p: float, dtype: torch.dtype) -> Tensor:

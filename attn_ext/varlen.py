@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 from torch.compiler import is_compiling
 
@@ -50,7 +52,7 @@ def attention_varlen(
             queries and keys are; what they say of pairs of different sequences counts for nothing.
         bias: (Tk,) to (Hq, Tq, Tk), packed likewise, with any dimension 1 or missing.
         scale, softcap, sinks, dropout_p: as for `attention`.
-        alibi_slopes: not implemented.
+        alibi_slopes: (Hq,), or (B, Hq) with slopes for each sequence; distances are those within a sequence.
         dropout_seed: likewise; the query and the key that decide are counted through all sequences.
         return_lse: also return the natural logarithm of the sum of the exponentials of each row of scores.
 
@@ -62,8 +64,8 @@ def attention_varlen(
         TypeError: an argument has a wrong type or dtype, or key or value another dtype than query.
         ValueError: shapes do not fit, devices differ, a number is out of range, or cumulative lengths do not
             start at 0, decrease, or do not end at the number of tokens.
-        NotImplementedError: alibi_slopes are given, or masks are combined with `|` in a way that would need a
-            larger tensor than they have.
+        NotImplementedError: alibi_slopes requires grad, or masks are combined with `|` in a way that would
+            need a larger tensor than they have.
     """
     tensors = query, key, value
     lengths = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
@@ -92,22 +94,20 @@ def _attend_packed(
     bias: Tensor | None,
     softcap: float | None,
     alibi_slopes: Tensor | None,
-    *options: object,
+    *options: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """All as one batch entry, each query with ranges of the keys of its sequence."""
-    _refuse_alibi(alibi_slopes)
     packing = Packing.of(cu_seqlens_q, cu_seqlens_k, query.shape[0], key.shape[0])
     lowered = LoweredMask() if mask is None else mask.lower_packed(packing)
     lowered = lowered._replace(key_ranges=packing.own_keys(lowered.key_ranges))
     views = (tensor.unsqueeze(0).transpose(1, 2) for tensor in (query, key, value))
-    result = attend_lowered(*views, lowered, scale, bias, softcap, alibi_slopes, *options)
+    positions = None
+    if alibi_slopes is not None:
+        positions = packing.kv_begin + packing.query_position + (packing.kv_len - packing.query_len)
+        if alibi_slopes.dim() == 2:
+            alibi_slopes = alibi_slopes[packing.sequence].T.unsqueeze(0)
+    result = attend_lowered(*views, lowered, scale, bias, softcap, alibi_slopes, *options, positions)
     if isinstance(result, Tensor):
         return result.transpose(1, 2).squeeze(0)
     out, lse = result
     return out.transpose(1, 2).squeeze(0), lse.squeeze(0)
-
-
-def _refuse_alibi(alibi_slopes: Tensor | None) -> None:
-    """The kernels count a query's distance from one diagonal for all rows; each sequence has its own."""
-    if alibi_slopes is not None:
-        raise NotImplementedError("alibi_slopes of packed sequences are not implemented")

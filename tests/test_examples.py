@@ -186,3 +186,51 @@ def test_long_document_learns_and_prints_its_costs() -> None:
 def test_long_document_rejects_a_length_that_is_not_there() -> None:
     with pytest.raises(AssertionError, match="--tokens must be from 1024 to"):
         run_example("long_document.py", "--tokens", 10**9)
+
+
+CHAT = "--layers", 2, "--width", 256, "--tokens", 6, "--threads", 1
+
+
+def test_chat_decode_prints_answers_and_costs() -> None:
+    output = run_example("chat_decode.py", *CHAT, "--context", 40, 400)
+    answers = re.findall(r"^  .{54}(.{6})$", output, re.MULTILINE)
+    assert len(answers) == 8
+    assert len(set(answers)) > 1
+    pages = re.findall(r"(\d+) pages in use in each layer, (\d+) without", output)
+    for (used, unshared), context in zip(pages, (40, 400), strict=True):
+        assert int(unshared) >= 8 * context / 16
+        assert int(used) == int(unshared) - 7 * (context // 16)
+    mebibytes = {}
+    rows = re.findall(r"^  (torch|attn_ext|attn_ext int8)  +(\d.*) of 48 +(\S+)$", output, re.MULTILINE)
+    assert len(rows) == 6
+    for name, cells, difference in rows:
+        *times, mebibytes[name], same = numbers(cells)
+        assert min(times) > 0
+        if name == "attn_ext int8":
+            assert mebibytes[name] < mebibytes["torch"] / 4
+            assert 0 < float(difference) < 0.1
+        else:
+            assert mebibytes[name] <= mebibytes["torch"]
+            assert same == 48
+            assert float(difference) <= 64 * torch.finfo(torch.float32).eps
+
+
+def test_chat_decode_notices_a_lost_system_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    example = load_example("chat_decode")
+    nothing = torch.empty(1, 0, example.HEAD_DIM)
+    monkeypatch.setattr(example.PagedKVCache, "read", lambda *_: (nothing, nothing))
+    monkeypatch.setattr(sys, "argv", ["chat_decode.py", *map(str, CHAT), "--context", "40"])
+    with pytest.raises(SystemExit, match=r"attn_ext chose \d+ of 48 bytes as torch did"):
+        example.main()
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (("--width", 100), "--width must be a multiple of 256, got 100"),
+        (("--context", 64, 0), r"--context must be from 1 to \d+, got \[64, 0\]"),
+    ],
+)
+def test_chat_decode_rejects_sizes(options: tuple[object, ...], expected: str) -> None:
+    with pytest.raises(AssertionError, match=expected):
+        run_example("chat_decode.py", *options)

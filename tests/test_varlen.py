@@ -95,7 +95,6 @@ def block_diagonal(lens_q: list[int], lens_k: list[int], masks: list[Mask | None
 
 
 def check_varlen(
-    monkeypatch: pytest.MonkeyPatch,
     lens_q: list[int],
     lens_k: list[int],
     packed: Mask | None,
@@ -111,17 +110,15 @@ def check_varlen(
         out, lse = attn_ext.attention_varlen(*tokens, *lengths, mask=packed, **rest)
         return out.transpose(0, 1).unsqueeze(0), lse.unsqueeze(0)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(attn_ext, "attention", attention)
-        check_attention(*inputs, mask=block_diagonal(lens_q, lens_k, each), **options)
+    check_attention(*inputs, mask=block_diagonal(lens_q, lens_k, each), attention=attention, **options)
 
 
 @pytest.mark.parametrize("name", MASKS)
 @pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
-def test_masks(lengths, name, monkeypatch):
+def test_masks(lengths, name):
     packed, each = MASKS[name](*lengths)
     inputs = make_inputs(1, 2, sum(lengths[0]), sum(lengths[1]), 16, group=2)
-    check_varlen(monkeypatch, *lengths, packed, each, inputs)
+    check_varlen(*lengths, packed, each, inputs)
 
 
 @pytest.mark.sample(
@@ -141,45 +138,45 @@ def test_masks(lengths, name, monkeypatch):
         {"softcap": 5.0, "sinks": torch.linspace(-1, 3, 6), "dropout_p": 0.5, "dropout_seed": 1},
     ),
 )
-def test_options(case: SimpleNamespace, monkeypatch, isa) -> None:
+def test_options(case: SimpleNamespace, isa) -> None:
     lengths = LENGTHS[case.lengths]
     packed, each = MASKS[case.mask](*lengths)
     sizes = 1, 6, sum(lengths[0]), sum(lengths[1])
     inputs = make_inputs(*sizes, case.head_dim, value_dim=case.value_dim, group=case.group, dtype=case.dtype)
-    check_varlen(monkeypatch, *lengths, packed, each, inputs, **case.options)
+    check_varlen(*lengths, packed, each, inputs, **case.options)
 
 
 @pytest.mark.parametrize("rows", [False, True])
 @pytest.mark.parametrize("heads", [False, True])
-def test_a_bias_is_packed(rows, heads, monkeypatch):
+def test_a_bias_is_packed(rows, heads):
     lens_q, lens_k = LENGTHS["prefill"]
     tokens = sum(lens_q), sum(lens_k)
     bias = torch.randn(4 if heads else 1, tokens[0] if rows else 1, tokens[1])
     packed, each = MASKS["bottom-right"](lens_q, lens_k)
     inputs = make_inputs(1, 4, *tokens, 16, group=2)
-    check_varlen(monkeypatch, lens_q, lens_k, packed, each, inputs, bias=bias)
-    check_varlen(monkeypatch, lens_q, lens_k, packed, each, inputs, bias=bias[0, 0])
+    check_varlen(lens_q, lens_k, packed, each, inputs, bias=bias)
+    check_varlen(lens_q, lens_k, packed, each, inputs, bias=bias[0, 0])
 
 
 @pytest.mark.parametrize("combine", [lambda a, b: a & b, lambda a, b: a | b])
-def test_a_dense_mask_is_packed(combine, monkeypatch):
+def test_a_dense_mask_is_packed(combine):
     lens_q, lens_k = LENGTHS["self"]
     tokens = sum(lens_q), sum(lens_k)
     allowed = torch.rand(tokens) < 0.5
     blocks = [part.split(lens_k, dim=1)[index] for index, part in enumerate(allowed.split(lens_q, dim=0))]
     each = [combine(Causal(), Dense(block)) for block in blocks]
     inputs = make_inputs(1, 2, *tokens, 16)
-    check_varlen(monkeypatch, lens_q, lens_k, combine(Causal(), Dense(allowed)), each, inputs)
+    check_varlen(lens_q, lens_k, combine(Causal(), Dense(allowed)), each, inputs)
 
 
-def test_a_block_mask_is_packed(monkeypatch):
+def test_a_block_mask_is_packed():
     lens_q, lens_k = LENGTHS["self"]
     tokens = sum(lens_q), sum(lens_k)
     mask = make_block_mask((1, 1, *tokens), (16, 32), 0.6)
     rows = mask.to_dense(1, 1, *tokens)[0, 0].split(lens_q, dim=0)
     each = [Dense(part.split(lens_k, dim=1)[index]) & Causal() for index, part in enumerate(rows)]
     inputs = make_inputs(1, 2, *tokens, 16)
-    check_varlen(monkeypatch, lens_q, lens_k, mask & Causal(), each, inputs)
+    check_varlen(lens_q, lens_k, mask & Causal(), each, inputs)
 
 
 def packed_inputs(
@@ -202,6 +199,33 @@ def test_other_sequences_are_never_felt():
     (grad,) = torch.autograd.grad(out[others].sum(), query)
     assert grad[others].isfinite().all()
     assert out[40:70].isnan().any()
+
+
+@pytest.mark.parametrize("each", [False, True])
+@pytest.mark.parametrize("lengths", LENGTHS.values(), ids=LENGTHS)
+def test_alibi_counts_within_each_sequence(lengths, each):
+    """Also in the second derivatives, which torch computes."""
+    lens_q, lens_k = lengths
+    inputs = packed_inputs(*lengths, heads=4, group=2, dtype=torch.float64)
+    slopes = torch.rand(len(lens_q), 4) if each else torch.rand(4)
+    tensors = [tensor.requires_grad_() for tensor in inputs[:3]]
+    out = attn_ext.attention_varlen(*tensors, *inputs[3:], mask=Causal("bottom_right"), alibi_slopes=slopes)
+    parts = (tensor.split(sizes) for tensor, sizes in zip(tensors, (lens_q, lens_k, lens_k), strict=True))
+    expected = []
+    for index, sequence in enumerate(zip(*parts, strict=True)):
+        alone = attn_ext.attention(
+            *(tensor.transpose(0, 1).unsqueeze(0) for tensor in sequence),
+            mask=Causal("bottom_right"),
+            alibi_slopes=slopes[index] if each else slopes,
+        )
+        expected.append(alone.squeeze(0).transpose(0, 1))
+    expected = torch.cat(expected)
+    torch.testing.assert_close(out, expected)
+    weight = torch.randn_like(out)
+    first = [torch.autograd.grad((y * weight).sum(), tensors, create_graph=True) for y in (out, expected)]
+    second = [torch.autograd.grad(sum(g.pow(2).sum() for g in grads), tensors) for grads in first]
+    torch.testing.assert_close(*first)
+    torch.testing.assert_close(*second)
 
 
 def test_results_are_packed_as_the_query_is():
@@ -393,7 +417,11 @@ def test_hostile_lengths(name, lengths, message):
         ({"dropout_p": 2.0}, ValueError, "dropout_p must be from 0 to 1, got 2.0"),
         ({"dropout_p": 0.5, "dropout_seed": 0.5}, TypeError, "dropout_seed must be an int, a tensor or None"),
         ({"alibi_slopes": torch.ones(3)}, ValueError, r"alibi_slopes must have shape \(4,\) or \(3, 4\)"),
-        ({"alibi_slopes": torch.ones(4)}, NotImplementedError, "alibi_slopes of packed sequences are not"),
+        (
+            {"alibi_slopes": torch.ones(4, requires_grad=True)},
+            NotImplementedError,
+            "alibi_slopes must not require grad",
+        ),
     ],
 )
 def test_errors(replaced, error, message):

@@ -133,7 +133,7 @@ struct BlockTensors {
 
 // What forward and backward share, in the order of the schemas.  Owns what the params point to.
 struct Inputs {
-  Tensor query, key, value, bias, sinks, mask, key_ranges, query_segments, kv_segments, alibi_slopes, dropout_seed;
+  Tensor query, key, value, bias, sinks, mask, key_ranges, query_segments, kv_segments, alibi_slopes, alibi_positions, dropout_seed;
   BlockTensors blocks;
 
   void take_tensors(Arguments& arguments) {
@@ -143,6 +143,7 @@ struct Inputs {
     bias = arguments.optional_tensor(), sinks = arguments.optional_tensor(), mask = arguments.optional_tensor();
     key_ranges = arguments.optional_tensor(), query_segments = arguments.optional_tensor();
     kv_segments = arguments.optional_tensor(), alibi_slopes = arguments.optional_tensor();
+    alibi_positions = arguments.optional_tensor();
     dropout_seed = arguments.optional_tensor();
     blocks.take(arguments);
   }
@@ -171,18 +172,33 @@ struct Inputs {
       p.mask.kv_segments = checked_segments(kv_segments, "kv_segments", shape.batch, shape.kv_len);
     }
     p.mask.blocks = blocks.check(shape);
-    if (alibi_slopes) {
-      check_rows(alibi_slopes, "alibi_slopes", shape.batch, shape.heads);
-      alibi_slopes = contiguous(converted(std::move(alibi_slopes), DType::float64));
-      p.score.alibi_slopes = static_cast<const double*>(alibi_slopes.data());
-      p.score.alibi_stride_batch = alibi_slopes.size(0) == 1 ? 0 : shape.heads;
-    }
+    if (alibi_slopes) check_alibi(p);
     if (sinks) {
       check_cpu(sinks, "sinks");
       check_shape(sinks, "sinks", {shape.heads});
       sinks = contiguous(converted(std::move(sinks), DType::float64));
       p.score.sinks = static_cast<const double*>(sinks.data());
     }
+  }
+  void check_alibi(AttentionParams& p) {
+    const AttentionShape& shape = p.shape;
+    check_cpu(alibi_slopes, "alibi_slopes");
+    check_dim(alibi_slopes, "alibi_slopes", 3);
+    const int64_t batch = alibi_slopes.size(0), rows = alibi_slopes.size(2);
+    STD_TORCH_CHECK((batch == 1 || batch == shape.batch) && alibi_slopes.size(1) == shape.heads && (rows == 1 || rows == shape.query_len),
+                    "alibi_slopes must be (", shape.batch, " or 1, ", shape.heads, ", ", shape.query_len, " or 1), got ",
+                    shape_string(alibi_slopes));
+    alibi_slopes = contiguous(converted(std::move(alibi_slopes), DType::float64));
+    p.score.alibi_slopes = static_cast<const double*>(alibi_slopes.data());
+    p.score.alibi_stride_batch = batch == 1 ? 0 : shape.heads * rows;
+    p.score.alibi_stride_head = rows;
+    p.score.alibi_stride_row = rows == 1 ? 0 : 1;
+    if (!alibi_positions) return;
+    check_cpu(alibi_positions, "alibi_positions");
+    check_shape(alibi_positions, "alibi_positions", {shape.query_len});
+    STD_TORCH_CHECK(alibi_positions.dtype_code() == aoti_torch_dtype_int64(), "alibi_positions must be int64");
+    alibi_positions = contiguous(std::move(alibi_positions));
+    p.score.alibi_positions = static_cast<const int64_t*>(alibi_positions.data());
   }
   void set_numbers(Arguments& arguments, AttentionParams& p) {
     p.score.scale = arguments.number();
@@ -341,7 +357,7 @@ void dropout_mask(StableIValue* stack, uint64_t, uint64_t) {
 // What the two operators that know everything share.
 #define ATTN_EXT_OPTIONS                                                                                        \
   "Tensor? bias, Tensor? sinks, Tensor? mask, Tensor? key_ranges, Tensor? query_segments, Tensor? kv_segments, " \
-  "Tensor? alibi_slopes, Tensor? dropout_seed, Tensor? block_offsets, Tensor? block_indices, "                  \
+  "Tensor? alibi_slopes, Tensor? alibi_positions, Tensor? dropout_seed, Tensor? block_offsets, Tensor? block_indices, "                  \
   "Tensor? block_tiles, Tensor? block_bits, float scale, float softcap, float dropout_p, SymInt? band_lower, " \
   "SymInt? band_upper"
 

@@ -75,14 +75,16 @@ struct MaskParams {
 };
 
 // How the product of a query and a key becomes a score, in the order of application:
-//   s = scale * q.k;   s = softcap * tanh(s / softcap);   s += bias;   s -= slope * |i + kv_len - query_len - j|
+//   s = scale * q.k;   s = softcap * tanh(s / softcap);   s += bias;   s -= slope * |position - j|
 struct ScoreParams {
   double scale = 1;
   double softcap = 0;                    // 0: none; else 2^-100 to 2^100 (Gemma 2, 2024)
   ConstTensorView bias;                  // of (batch, heads, query_len, kv_len), -inf hides a key; null: none
   DType bias_dtype = DType::float32;     // not boolean
-  const double* alibi_slopes = nullptr;  // [batch or 1][heads], or null (Press et al. 2022)
-  int64_t alibi_stride_batch = 0;
+  // ALiBi (Press et al. 2022).
+  const double* alibi_slopes = nullptr;  // [batch or 1][heads][query_len or 1], or null
+  int64_t alibi_stride_batch = 0, alibi_stride_head = 1, alibi_stride_row = 0;
+  const int64_t* alibi_positions = nullptr;  // [query_len]: of each query among the keys; null: i + kv_len - query_len
   const double* sinks = nullptr;         // [heads], or null: one more score per row, whose value is 0 (gpt-oss, 2025)
 };
 

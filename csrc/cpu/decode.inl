@@ -180,9 +180,17 @@ struct DecodeOperand {
   int64_t padded_columns() const { return round_up(columns, kLanes<Acc>); }
 };
 
-template <class T, class C>
+// Rows of queries, new tokens and outputs, of which there are few: their dtype is looked up, not compiled in.
+template <class Acc, class Pointer, class F>
+INLINE void with_row(DType dtype, const BasicTensorView<Pointer>& view, int64_t batch, int64_t head, int64_t row, const F& f) {
+  if constexpr (sizeof(Acc) == 8) return f(row_pointer<double>(view, batch, head, row));
+  else if (dtype == DType::float16) return f(row_pointer<Float16>(view, batch, head, row));
+  else if (dtype == DType::bfloat16) return f(row_pointer<BFloat16>(view, batch, head, row));
+  else return f(row_pointer<float>(view, batch, head, row));
+}
+
+template <class Acc, class C>
 class Decode {
-  using Acc = decltype(to_float(T{}));
   using V = Vec<Acc>;
   using Operand = DecodeOperand<Acc, C>;
   static constexpr int W = kLanes<Acc>, kTile = 256, kKeyQuantum = 16, kRows = 4, kMostAhead = 64;
@@ -375,18 +383,14 @@ class Decode {
   }
 
   // ---------------------------------------------------------------- before and after
+  static void read_row(Acc* out, DType dtype, const ConstTensorView& view, int64_t b, int64_t head, int64_t row, int64_t columns,
+                   int64_t padded) {
+    with_row<Acc>(dtype, view, b, head, row, [&](const auto* numbers) { load_row(out, numbers, columns, padded); });
+  }
   void rotate(Scratch& c, Acc* x, int64_t position) const {
     const auto& rotary = p.rotary;
-    const auto read = [&](Acc* out, const ConstTensorView& view) {
-      if constexpr (!std::is_same_v<T, float> && sizeof(Acc) == 4) {
-        if (rotary.dtype == DType::float32) {
-          return load_row(out, row_pointer<float>(view, 0, 0, position), rotary.half, rotary.half);
-        }
-      }
-      load_row(out, row_pointer<T>(view, 0, 0, position), rotary.half, rotary.half);
-    };
-    read(c.cos, rotary.cos);
-    read(c.sin, rotary.sin);
+    read_row(c.cos, rotary.dtype, rotary.cos, 0, 0, position, rotary.half, rotary.half);
+    read_row(c.sin, rotary.dtype, rotary.sin, 0, 0, position, rotary.half, rotary.half);
     const int64_t step = rotary.interleaved ? 2 : 1, apart = rotary.interleaved ? 1 : rotary.half;
     for (int64_t i = 0; i < rotary.half; i++) {
       Acc &a = x[i * step], &b = x[i * step + apart];
@@ -400,7 +404,7 @@ class Decode {
     const Acc factor = static_cast<Acc>(p.score.scale * kLog2E);
     for (int64_t row = 0; row < rows; row++) {
       const int64_t query = row / group, position = p.position(b, query);
-      load_row(c.row, row_pointer<T>(p.query, b, kv_head * group + row % group, query), shape.head_dim, key.padded_columns());
+      read_row(c.row, p.dtype, p.query, b, kv_head * group + row % group, query, shape.head_dim, key.padded_columns());
       if (p.rotary.cos.data && position >= 0) rotate(c, c.row, position);
       for (int64_t d = 0; d < key.padded_columns(); d += W) store(c.row + d, load(c.row + d) * factor);
       key.with_products([&](auto, const auto& chunks) { chunks.pack(q + row * q_row, c.row); });
@@ -410,10 +414,10 @@ class Decode {
   void append(Scratch& c, int64_t b, int64_t kv_head) const {
     for (int64_t i = 0; i < shape.kv_len; i++) {
       const int64_t position = p.lengths[b] + i;
-      load_row(c.row, row_pointer<T>(p.new_key, b, kv_head, i), shape.head_dim, shape.head_dim);
+      read_row(c.row, p.dtype, p.new_key, b, kv_head, i, shape.head_dim, shape.head_dim);
       if (p.rotary.cos.data) rotate(c, c.row, position);
       append_row(c.row, p.key_cache, shape.head_dim, b, kv_head, position);
-      load_row(c.row, row_pointer<T>(p.new_value, b, kv_head, i), shape.value_dim, shape.value_dim);
+      read_row(c.row, p.dtype, p.new_value, b, kv_head, i, shape.value_dim, shape.value_dim);
       append_row(c.row, p.value_cache, shape.value_dim, b, kv_head, position);
     }
   }
@@ -454,15 +458,16 @@ class Decode {
       const V inverse = state.l == 0 ? V{} : 1 / state.l, log2_l = log2<Acc>(state.l * kHeadroomFactor);
       for (int i = 0; i < count; i++) {
         const int64_t query = (row + i) / group, head = kv_head * group + (row + i) % group;
-        T* const out = row_pointer<T>(p.out, b, head, query);
         if (splits) {
           value.with_products([&](auto, const auto& chunks) {
             chunks.unpack(c.row, shared.o + (unit * padded_rows + row + i) * o_row);
           });
-          store_row(out, c.row, shape.value_dim, static_cast<Acc>(inverse[i]));
         } else {
-          std::memset(out, 0, shape.value_dim * sizeof(T));
+          std::memset(c.row, 0, shape.value_dim * sizeof(Acc));
         }
+        with_row<Acc>(p.dtype, p.out, b, head, query, [&](auto* out) {
+          store_row(out, c.row, shape.value_dim, static_cast<Acc>(inverse[i]));
+        });
         if (p.lse) {
           static_cast<Acc*>(p.lse)[(b * shape.heads + head) * shape.query_len + query] =
               RowStatistics<Acc>::of(state.m[i], state.l[i], log2_l[i]).lse;
@@ -546,10 +551,10 @@ class Decode {
 template <class T>
 void decode(const DecodeParams& params, const Executor& executor) {
   if constexpr (!std::is_same_v<T, double>) {
-    if (params.format == CacheFormat::int8) return Decode<T, int8_t>(params).run(executor);
-    if (params.format == CacheFormat::float8_e4m3) return Decode<T, Float8E4M3>(params).run(executor);
+    if (params.format == CacheFormat::int8) return Decode<float, int8_t>(params).run(executor);
+    if (params.format == CacheFormat::float8_e4m3) return Decode<float, Float8E4M3>(params).run(executor);
   }
-  Decode<T, T>(params).run(executor);
+  Decode<decltype(to_float(T{})), T>(params).run(executor);
 }
 
 }  // namespace

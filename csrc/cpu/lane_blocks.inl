@@ -15,7 +15,7 @@ constexpr int64_t kNoKey = std::numeric_limits<int64_t>::max();
 // How many keys to take together, `most` or fewer: whole blocks, or equal parts of one, so that tiles do not cut blocks.
 INLINE int64_t keys_of_blocks(int64_t kv_block, int64_t most) {
   if (kv_block <= most) return most / kv_block * kv_block;
-  return round_up(div_up(kv_block, div_up(kv_block, most)), kMaxRows);
+  return round_up(div_up(kv_block, div_up(kv_block, most)), kRowQuantum);
 }
 
 template <class Acc>

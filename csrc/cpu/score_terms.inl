@@ -241,8 +241,11 @@ class ScoreTerms {
     alignas(V) Acc slope[L], position[L];  // -slope, in units of log2; and the query's place among the tile's keys
     for (int lane = 0; lane < L; lane++) {
       const WorkRow row = lanes_.lane_row[lane];
-      slope[lane] = static_cast<Acc>(-score.alibi_slopes[lanes_.batch * score.alibi_stride_batch + row.head] * kLog2E);
-      position[lane] = static_cast<Acc>(row.query + p_.shape.kv_len - p_.shape.query_len - tile_);
+      slope[lane] = static_cast<Acc>(-score.alibi_slopes[lanes_.batch * score.alibi_stride_batch +
+                                                         row.head * score.alibi_stride_head + row.query * score.alibi_stride_row] *
+                                     kLog2E);
+      const int64_t own = score.alibi_positions ? score.alibi_positions[row.query] : row.query + p_.shape.kv_len - p_.shape.query_len;
+      position[lane] = static_cast<Acc>(own - tile_);
     }
     update([&](int n, int v, V term) {
       const V distance = load(position + v * W) - splat(static_cast<Acc>(n));
