@@ -18,7 +18,6 @@ from ._merge import merge
 from ._override import override_sdpa
 from ._version import __version__
 from .block_mask import BlockMask
-from .cache import CacheFullError, KVCache, PagedKVCache
 from .decode import attention_decode
 from .functional import attention, block_sparse_attention, scaled_dot_product_attention
 from .masks import Causal, Dense, KeyLengths, Mask, Prefix, Segments, SlidingWindow
@@ -46,14 +45,17 @@ __all__ = [
     "scaled_dot_product_attention",
 ]
 
-_LAZY_MODULES = ("integrations", "nn", "patterns", "reference", "testing")
+_LAZY_MODULES = ("cache", "integrations", "nn", "patterns", "reference", "testing")
+_LAZY_NAMES = {"CacheFullError": "cache", "KVCache": "cache", "PagedKVCache": "cache"}
 
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY_MODULES:
         return importlib.import_module(f".{name}", __name__)
+    if name in _LAZY_NAMES:
+        return getattr(importlib.import_module(f".{_LAZY_NAMES[name]}", __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LAZY_MODULES})
+    return sorted({*globals(), *_LAZY_MODULES, *_LAZY_NAMES})

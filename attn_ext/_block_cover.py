@@ -78,7 +78,7 @@ def from_lowered(grid: Grid, lowered: LoweredMask, device: torch.device, rule: b
     Args:
         rule: the mask stays as a rule for the elements: all blocks are full, unless it has a dense part.
     """
-    batch, heads = _sizes(lowered)
+    batch, heads = sizes_of(lowered)
     cover = _cover(grid, lowered, device)
     blocks = full_blocks(grid, _range_batch(lowered), 1, cover.touched.keys())
     blocks = expand(blocks, grid, batch, heads)
@@ -97,7 +97,7 @@ def restrict(grid: Grid, blocks: Blocks, lowered: LoweredMask, device: torch.dev
 
 
 def _restrict(grid: Grid, blocks: Blocks, lowered: LoweredMask, cover: _Cover) -> Blocks:
-    batch, heads = common_sizes(blocks.offsets.shape[:2], _sizes(lowered))
+    batch, heads = common_sizes(blocks.offsets.shape[:2], sizes_of(lowered))
     blocks = expand(blocks, grid, batch, heads)
     keys = keys_of(blocks, grid)
     entries = torch.arange(batch, device=keys.device) * (_range_batch(lowered) > 1)
@@ -121,28 +121,31 @@ def evaluate(
 
     Args:
         visible: of batch entry, head, query and key, index tensors that broadcast; called for some blocks at
-            a time. Beyond the last query or key it is asked about the last.
+            a time, or for some keys of one. Beyond the last query or key it is asked about the last.
     """
     query = torch.arange(grid.query_block, device=keys.device)
     key = torch.arange(grid.kv_block, device=keys.device).unsqueeze(1)
     if keys.numel() == 0:
         return keys, no_bits(grid, keys.device)
     tiles, bits, count = [], [], 0
+    keys_at_once = key.split(max(_PAIRS_AT_ONCE // grid.query_block, 1))
     for some in keys.split(max(_PAIRS_AT_ONCE // (grid.query_block * grid.kv_block), 1)):
         entry, head, row, column = (place.view(-1, 1, 1) for place in split_keys(some, grid, heads))
         queries = (row * grid.query_block + query).clamp(max=grid.query_len - 1)
-        keys_of_block = (column * grid.kv_block + key).clamp(max=grid.kv_len - 1)
-        seen = visible(entry, head, queries, keys_of_block)
-        seen = seen.expand(some.numel(), grid.kv_block, grid.query_block)
+        packed = []
+        for part in keys_at_once:
+            keys_of_block = (column * grid.kv_block + part).clamp(max=grid.kv_len - 1)
+            seen = visible(entry, head, queries, keys_of_block)
+            packed.append(pack(seen.expand(some.numel(), part.size(0), grid.query_block)))
         numbers = torch.arange(some.numel(), device=keys.device)
-        numbers, different = canonical_tiles(grid, some, numbers, pack(seen))
+        numbers, different = canonical_tiles(grid, some, numbers, torch.cat(packed, 1))
         tiles.append(torch.where(numbers < 0, numbers, numbers + count))
         bits.append(different)
         count += different.size(0)
     return torch.cat(tiles), torch.cat(bits)
 
 
-def _sizes(lowered: LoweredMask) -> tuple[int, int]:
+def sizes_of(lowered: LoweredMask) -> tuple[int, int]:
     """The batch entries and heads that the mask tells apart."""
     dense = (1, 1) if lowered.dense is None else (lowered.dense.size(0), lowered.dense.size(1))
     return max(_range_batch(lowered), dense[0]), dense[1]

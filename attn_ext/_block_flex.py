@@ -10,8 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._block_cover import evaluate
-from ._blocks import ABSENT, FULL, Blocks, Grid, assemble, bits_at, make_grid, tile_map
+from ._block_cover import evaluate, sizes_of
+from ._blocks import (
+    ABSENT,
+    FULL,
+    Blocks,
+    Grid,
+    assemble,
+    bits_at,
+    common_sizes,
+    expand,
+    make_grid,
+    tile_map,
+)
 from .masks import LoweredMask
 
 
@@ -40,7 +51,7 @@ def from_flex(flex_block_mask: Any) -> tuple[Grid, Blocks]:
         def element(_: Tensor, block: Tensor, k: Tensor, q: Tensor) -> Tensor:
             return flex.mask_mod(entry[block], head[block], query[block, q], key[block, k])
 
-        sizes = 1, entry.numel(), grid.kv_block, grid.query_block
+        sizes = 1, entry.numel(), key.size(1), grid.query_block
         return flex_attention.create_mask(element, *sizes, device=entry.device).squeeze(0)
 
     keys = _listed_keys(flex.kv_num_blocks, flex.kv_indices, grid)
@@ -53,9 +64,15 @@ def from_flex(flex_block_mask: Any) -> tuple[Grid, Blocks]:
 
 
 def to_flex(grid: Grid, blocks: Blocks, rule: LoweredMask | None) -> Any:
-    """Its mask_mod looks bits and rule up; with a rule, all blocks are partial."""
+    """Its mask_mod looks bits and rule up; with a rule, all blocks are partial.
+
+    Raises:
+        ValueError: blocks and rule are of different numbers of batch entries or heads.
+    """
     from torch.nn.attention import flex_attention
 
+    if rule is not None:
+        blocks = expand(blocks, grid, *common_sizes(blocks.offsets.shape[:2], sizes_of(rule)))
     tiles = tile_map(blocks, 0, grid.query_blocks, grid.kv_blocks)
     batch, heads = tiles.shape[:2]
 

@@ -16,6 +16,8 @@ BlockSize = int | tuple[int, int]  # of queries and of keys, or one number for b
 
 FULL, ABSENT = -1, -2  # in the place of a tile; nothing absent is ever listed
 
+_MAX_BLOCK = 65536  # queries or keys of a block: kMaxBlock of the kernels
+
 
 class Blocks(NamedTuple):
     """Lists of the blocks of keys that each block of queries sees, in compressed rows.
@@ -70,6 +72,8 @@ def as_block_size(block_size: Any) -> tuple[int, int]:
         raise TypeError(f"block_size must be an int or a pair of int, got {block_size!r}")
     if any(size < 16 or size % 16 for size in sizes):
         raise ValueError(f"block_size must be of multiples of 16, got {block_size}")
+    if any(size > _MAX_BLOCK for size in sizes):
+        raise ValueError(f"block_size must be at most {_MAX_BLOCK}, got {block_size}")
     return sizes
 
 
@@ -125,8 +129,8 @@ def check_blocks(blocks: Blocks, grid: Grid) -> None:
             "blocks.indices and blocks.tiles must be of the same size, "
             f"got shapes {tuple(indices.shape)} and {tuple(tiles.shape)}"
         )
-    if torch.compiler.is_compiling():
-        return  # numbers of tensors that are being traced are not there to look at
+    if torch.compiler.is_compiling() or offsets.is_meta:
+        return  # the numbers are not there to look at
     starts, ends = offsets[..., :-1].flatten(), offsets[..., 1:].flatten()
     firsts, lasts = offsets[..., 0].flatten(), offsets[..., -1].flatten()
     if (
@@ -229,7 +233,7 @@ def inside_edges(grid: Grid, device: torch.device) -> Tensor:
     key = torch.arange(grid.kv_block, device=device).unsqueeze(1)
     queries = grid.query_len - (grid.query_blocks - 1) * grid.query_block
     keys = grid.kv_len - (grid.kv_blocks - 1) * grid.kv_block
-    return pack(((kind % 2 == 0) | (query < queries)) & ((kind < 2) | (key < keys)))
+    return pack((kind % 2 == 0) | (query < queries)).where((kind < 2) | (key < keys), 0)
 
 
 def _unique_tiles(bits: Tensor) -> tuple[Tensor, Tensor]:

@@ -74,6 +74,8 @@ def check_attention_decode(
 
     _check_window(window)
     _check_number("softcap", softcap, optional=True)
+    if isinstance(softcap, bool):
+        raise TypeError("softcap must be a float or None, got bool")
     if softcap is not None and not 0 <= softcap < math.inf:
         raise ValueError(f"softcap must be a finite number that is not negative, got {softcap}")
     _check_scale(scale)
@@ -101,6 +103,11 @@ def check_attention_decode(
         positions,
         prefix_len,
     )
+    if appended and not torch.compiler.is_compiling():
+        _check_writable(key_cache, value_cache)
+        for name, tensor in (("key_scale", key_scale), ("value_scale", value_scale)):
+            if tensor is not None:
+                _check_written_scales(name, tensor, cache_seqlens.long(), block_table, page_size, appended)
 
 
 def _check_tensor(name: str, tensor: Any, dtypes: tuple[torch.dtype, ...], query: Tensor) -> None:
@@ -145,6 +152,41 @@ def _check_caches(query: Tensor, key_cache: Any, value_cache: Any, paged: bool) 
         raise ValueError(
             f"the heads of query must be a multiple of those of key_cache, got {heads} and {kv_heads}"
         )
+
+
+def _check_writable(key_cache: Tensor, value_cache: Tensor) -> None:
+    if key_cache.numel() == 0 or value_cache.numel() == 0:
+        return
+    for name, cache in (("key_cache", key_cache), ("value_cache", value_cache)):
+        reach = 0
+        for stride, size in sorted(zip(cache.stride(), cache.shape, strict=True)):
+            if size > 1 and stride <= reach:
+                raise ValueError(f"{name} must not overlap itself, got strides {cache.stride()}")
+            reach += (size - 1) * stride
+    storage = key_cache.untyped_storage()
+    if storage.data_ptr() != value_cache.untyped_storage().data_ptr():
+        return
+    used = torch.zeros(storage.nbytes() // key_cache.element_size(), dtype=torch.bool)
+    keys, values = (
+        used.as_strided(cache.shape, cache.stride(), cache.storage_offset())
+        for cache in (key_cache, value_cache)
+    )
+    keys.fill_(True)
+    if values.any():
+        raise ValueError("key_cache and value_cache must not overlap")
+
+
+def _check_written_scales(
+    name: str, scale: Tensor, lengths: Tensor, block_table: Tensor | None, page_size: int, appended: int
+) -> None:
+    pages = torch.arange(scale.shape[0], device=scale.device)
+    if block_table is not None:
+        index = torch.arange(block_table.shape[1], device=scale.device)
+        last = (lengths + (appended - 1)) // page_size
+        written = (index >= (lengths // page_size).unsqueeze(1)) & (index <= last.unsqueeze(1))
+        pages = block_table[written]
+    if (scale[pages] == 0).any():
+        raise ValueError(f"{name} must not be 0 where new_key and new_value are written")
 
 
 def _check_prefix(shared_prefix: Any, query: Tensor, kv_heads: int, value_dim: int) -> int:
@@ -219,6 +261,8 @@ def _check_lengths(
     if torch.compiler.is_compiling():
         return
     lengths, capacity = cache_seqlens.long(), pages_each * page_size
+    if appended > capacity:
+        raise ValueError(f"new_key must fit the cache, got {appended} tokens for room for {capacity}")
     if ((lengths < 0) | (lengths > capacity - appended)).any():
         raise ValueError(
             f"cache_seqlens must be from 0 to {capacity - appended}, for {capacity} tokens with {appended} "
@@ -232,13 +276,15 @@ def _check_lengths(
     if block_table is None or page_size == 0:
         return
     total = lengths + appended
-    first = torch.zeros_like(total) if left is None else (total - query_len - left).clamp_min(0)
+    first = torch.zeros_like(total)
+    if left is not None:
+        first = (total - query_len - min(left, capacity)).clamp_min(0)
     first = torch.minimum(first, lengths) // page_size
     index = torch.arange(pages_each, device=query.device)
     live = (index >= first.unsqueeze(1)) & (index <= ((total - 1) // page_size).unsqueeze(1))
     bad = live & ((block_table < 0) | (block_table >= num_pages))
     if bad.any():
+        expected = f"pages from 0 to {num_pages - 1}" if num_pages else "no page of an empty cache"
         raise ValueError(
-            f"block_table must hold pages from 0 to {num_pages - 1} where there are tokens, got "
-            f"{block_table[bad].tolist()}"
+            f"block_table must hold {expected} where there are tokens, got {block_table[bad].tolist()}"
         )

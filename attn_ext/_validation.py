@@ -178,6 +178,21 @@ def check_lengths(
             _check_key_lengths(part.lengths, cu_seqlens_k.shape[0] - 1, cu_seqlens_k.diff())
 
 
+def check_lengths_of_mask(mask: Mask, query_len: int, kv_len: int) -> None:
+    """That each part of a mask fits the lengths, for any number of batch entries and heads."""
+    for part in mask.parts:
+        if isinstance(part, Dense):
+            batch, heads = (1, 1, *part.tensor.shape[:-2])[-2:]
+            device = part.tensor.device
+        elif isinstance(part, Segments):
+            batch, heads, device = max(len(part.query_ids), len(part.kv_ids)), 1, part.query_ids.device
+        elif isinstance(part, KeyLengths):
+            batch, heads, device = len(part.lengths), 1, part.lengths.device
+        else:
+            continue
+        _check_mask(part, (batch, heads, query_len, kv_len), device)
+
+
 def _check_cu_seqlens(name: str, cu_seqlens: Any, max_seqlen: Any, tokens: Tensor) -> None:
     """That cumulative lengths are of the sequences that make up `tokens`, (T, ...)."""
     if not isinstance(cu_seqlens, Tensor):
@@ -267,7 +282,8 @@ def _check_mask(mask: Mask, scores: tuple[int, ...], device: torch.device) -> No
         _check_segments(mask, scores, device)
     elif isinstance(mask, BlockMask):
         batch, heads, *_ = scores
-        if mask.batch not in (1, batch) or mask.heads not in (1, heads):
+        # Spelled out, as the sizes may be symbols.
+        if (mask.batch != 1 and mask.batch != batch) or (mask.heads != 1 and mask.heads != heads):
             raise ValueError(
                 f"mask BlockMask must have lists for 1 or {batch} batch entries and 1 or {heads} heads, "
                 f"got {mask.batch} and {mask.heads}"
@@ -315,7 +331,8 @@ def check_seed(seed: Any, device: torch.device) -> None:
 def _check_segments(mask: Segments, scores: tuple[int, ...], device: torch.device) -> None:
     batch, _, query_len, kv_len = scores
     for name, ids, length in (("query_ids", mask.query_ids, query_len), ("kv_ids", mask.kv_ids, kv_len)):
-        if ids.shape[0] not in (1, batch) or ids.shape[1] != length:
+        # Spelled out, as the sizes may be symbols.
+        if (ids.shape[0] != 1 and ids.shape[0] != batch) or ids.shape[1] != length:
             raise ValueError(
                 f"mask Segments must have {name} of shape ({batch}, {length}) or ({length},), "
                 f"got {tuple(ids.shape)}"

@@ -108,6 +108,11 @@ class BlockMask(Mask):
             )
         block_map = block_map[(None,) * (4 - block_map.dim())]
         batch, heads, *counts = block_map.shape
+        if 0 in (batch, heads):
+            raise ValueError(
+                "block_map must have at least one batch entry and one head, "
+                f"got shape {tuple(block_map.shape)}"
+            )
         grid = _grid_of_counts(counts, query_len, kv_len, block_size)
         keys = block_map.flatten().nonzero().squeeze(1)
         return cls(full_blocks(grid, batch, heads, keys), grid.query_len, grid.kv_len, rule)
@@ -184,9 +189,12 @@ class BlockMask(Mask):
             batch, heads: 1 if the function does not look at them.
 
         Raises:
-            TypeError: `visible` returns something else.
-            ValueError: a length, number or block size is negative, or no size of a block.
+            TypeError: `visible` is no function, or returns something else.
+            ValueError: a length, number or block size is negative, or no size of a block; or what `visible`
+                returns does not broadcast to its arguments.
         """
+        if not callable(visible):
+            raise TypeError(f"visible must be a function, got {type(visible).__name__}")
         grid = make_grid(query_len, kv_len, block_size)
         for name, number in (("batch", batch), ("heads", heads)):
             check_length(name, number, least=1)
@@ -196,6 +204,13 @@ class BlockMask(Mask):
             if not isinstance(seen, Tensor) or seen.dtype != torch.bool:
                 got = seen.dtype if isinstance(seen, Tensor) else type(seen).__name__
                 raise TypeError(f"visible must return a bool tensor, got {got}")
+            shape = torch.broadcast_shapes(*(index.shape for index in indices))
+            trailing = shape[len(shape) - seen.dim() :] if seen.dim() <= len(shape) else None
+            if trailing is None or any(a not in (1, b) for a, b in zip(seen.shape, trailing, strict=True)):
+                raise ValueError(
+                    "visible must return a tensor that broadcasts to the shape of its arguments, "
+                    f"{tuple(shape)}, got shape {tuple(seen.shape)}"
+                )
             return seen
 
         keys = torch.arange(batch * heads * grid.query_blocks * grid.kv_blocks, device=device)
@@ -219,7 +234,7 @@ class BlockMask(Mask):
 
         Raises:
             TypeError: `mask` is not a mask, is a BlockMask or has a floating-point part.
-            ValueError: a length or block size does not fit.
+            ValueError: a length or block size does not fit, or a part of `mask` is for other lengths.
         """
         grid = make_grid(query_len, kv_len, block_size)
         lowered = _lower_boolean(mask, grid, device)
@@ -242,8 +257,11 @@ class BlockMask(Mask):
     def to_flex(self) -> Any:
         """A `torch.nn.attention.flex_attention.BlockMask` that shows the same.
 
+        It has the batch entries and heads of the blocks and the rule.
+
         Raises:
             TypeError: the rule has a floating-point part.
+            ValueError: the rule is for other lengths, or another number of batch entries or heads.
         """
         lowered = None if self.rule is None else _lower_boolean(self.rule, self._grid, self.device)
         return _block_flex.to_flex(self._grid, self.blocks, lowered)
@@ -253,6 +271,7 @@ class BlockMask(Mask):
 
         Raises:
             TypeError: the rule has a floating-point part.
+            ValueError: the rule is for other lengths, or another number of batch entries or heads.
         """
         if self.rule is None:
             return self
@@ -324,8 +343,14 @@ class BlockMask(Mask):
             The axes.
 
         Raises:
+            TypeError: `batch` or `head` is not an int.
+            ValueError: there is no such mask.
             ImportError: matplotlib is not installed.
         """
+        for name, index, count in (("batch", batch, self.batch), ("head", head, self.heads)):
+            check_length(name, index)
+            if index >= count:
+                raise ValueError(f"{name} must be from 0 to {count - 1}, got {index}")
         try:
             import matplotlib.pyplot as plt
         except ImportError as error:
@@ -381,7 +406,10 @@ class BlockMask(Mask):
 
     @cached_property
     def transposed(self) -> TransposedBlocks:
-        """The lists by block of keys: what the gradients of keys and values visit."""
+        """The lists by block of keys, for kernels whose unit of work is a block of keys.
+
+        Those of the CPU have no need of it: their backward walks the lists by block of queries.
+        """
         return transpose(self.blocks, self._grid)
 
     def lower(self, query_len: int, kv_len: int, device: torch.device | None) -> LoweredMask:
@@ -416,7 +444,10 @@ class BlockMask(Mask):
 
 
 def _lower_boolean(mask: Any, grid: Grid, device: torch.device | str | None) -> LoweredMask:
+    from ._validation import check_lengths_of_mask  # which knows block masks too
+
     _check_rule(mask, name="mask", optional=False)
+    check_lengths_of_mask(mask, grid.query_len, grid.kv_len)
     lowered = mask.lower(grid.query_len, grid.kv_len, torch.device(device or "cpu"))
     if lowered.bias is not None:
         raise TypeError(f"mask must be boolean to become blocks, got a floating-point part in {mask}")

@@ -1,18 +1,24 @@
 """Keys and values of sequences that grow: one run of memory for each, or pages that sequences share.
 
 The attributes of both caches are what `attention_decode` takes.
+
+Which append? `append` stores prompts, and all that a quantised cache is to hold, as it sets the scales. For a
+step of generation `reserve` makes room, and `attention_decode` with `new_key` writes, rotates and attends at
+once.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from itertools import chain
+from contextlib import AbstractContextManager, contextmanager
+from itertools import chain, islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ._validation import _check_strided
 from .masks import FLOAT_DTYPES
 
 __all__ = ["CacheFullError", "KVCache", "PagedKVCache"]
@@ -103,13 +109,42 @@ class _Cache:
         sequences = self._in_use(sequences)
         self._check_tokens(key, value, len(sequences))
         count = key.shape[2]
-        self._make_room(sequences, count)
-        index = torch.tensor(sequences, dtype=torch.int64, device=self.device)
-        positions = self.seqlens[index, None] + torch.arange(count, device=self.device)
-        self._write(*self._locate(index, positions), key, value)
-        self.seqlens[index] += count
-        for sequence in sequences:
-            self._lengths[sequence] += count
+        with self._growing(sequences, count) as index:
+            positions = self.seqlens[index, None] + torch.arange(count, device=self.device)
+            self._write(*self._locate(index, positions), key, value)
+
+    @torch.no_grad()
+    def reserve(self, count: int, sequences: Tensor | Sequence[int] | None = None) -> Tensor:
+        """Makes room for `count` more tokens of each of n sequences, and counts them as there.
+
+        What they are, `attention_decode` is to write:
+
+            lengths = cache.reserve(1)
+            out = attention_decode(
+                query, cache.key, cache.value, lengths,
+                block_table=cache.block_table, new_key=key, new_value=value,
+            )
+
+        Args:
+            count: 1 or more.
+            sequences: which; all in use by default, in the order of their indices.
+
+        Returns:
+            Their lengths before, (n,) int32, the `cache_seqlens` of that call. Rows of its other arguments
+            must be those of the same sequences: `block_table[sequences]`, unless they are all.
+
+        Raises:
+            TypeError: `count` is not an int.
+            ValueError: it is not positive, the cache is quantised, or a sequence is not in use.
+            CacheFullError: there is no room for all of them.
+        """
+        _positive("count", count)
+        if self.key_scale is not None:
+            raise ValueError(
+                f"reserve takes caches that are not quantised, got {self.dtype}: append sets its scales"
+            )
+        with self._growing(self._in_use(sequences), count) as index:
+            return self.seqlens[index]
 
     def fork(self, sequence: int, count: int = 1) -> list[int]:
         """Begins `count` sequences with the tokens of another.
@@ -149,8 +184,22 @@ class _Cache:
             found.append(tokens.squeeze(0).transpose(0, 1))
         return tuple(found)
 
-    def _make_room(self, sequences: list[int], count: int) -> None:
-        """Has pages ready for `count` more tokens of each, or raises CacheFullError and changes nothing."""
+    @contextmanager
+    def _growing(self, sequences: list[int], count: int) -> Iterator[Tensor]:
+        """Their index on the device. They have room for `count` more tokens, counted if nothing is raised."""
+        index = torch.tensor(sequences, dtype=torch.int64, device=self.device)
+        with self._room(sequences, count):
+            yield index
+            self.seqlens[index] += count
+        for sequence in sequences:
+            self._lengths[sequence] += count
+
+    def _room(self, sequences: list[int], count: int) -> AbstractContextManager[None]:
+        """Has pages ready for `count` more tokens of each, and takes them back if something is raised.
+
+        Raises:
+            CacheFullError: there are none.
+        """
         raise NotImplementedError
 
     def _locate(self, index: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -183,6 +232,7 @@ class _Cache:
         for name, tensor, store in (("key", key, self.key), ("value", value, self.value)):
             if not isinstance(tensor, Tensor):
                 raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+            _check_strided(name, tensor)
             if tensor.dtype not in taken:
                 raise TypeError(f"{name} must be {' or '.join(map(str, taken))}, got {tensor.dtype}")
             if tensor.device != self.device:
@@ -255,10 +305,12 @@ class KVCache(_Cache):
         _positive("capacity", capacity)
         super().__init__(sequences, sequences, capacity, kv_heads, head_dim, value_dim, dtype, device)
 
-    def _make_room(self, sequences: list[int], count: int) -> None:
+    @contextmanager
+    def _room(self, sequences: list[int], count: int) -> Iterator[None]:
         capacity, longest = self.key.shape[2], max((self._lengths[index] for index in sequences), default=0)
         if longest + count > capacity:
             raise CacheFullError(f"sequences have room for {capacity} tokens, got {count} after {longest}")
+        yield
 
     def _locate(self, index: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         return index[:, None].expand_as(positions), positions
@@ -285,7 +337,8 @@ class PagedKVCache(_Cache):
         key, value: (P, Hkv, S, D), (P, Hkv, S, Dv).
         key_scale, value_scale: (P, Hkv), float32, factors of what is stored; None if not quantised.
         seqlens: (B,), int32, tokens of each sequence.
-        block_table: (B, max_pages), int32, the pages of each sequence in the order of its tokens, and then 0.
+        block_table: (B, max_pages), int32, the pages of each sequence in the order of its tokens, and then
+            -1, where `attention_decode` refuses to write.
 
     Raises:
         TypeError: a size is not an int, or the dtype is none of those.
@@ -310,7 +363,7 @@ class PagedKVCache(_Cache):
         _positive("max_sequences", max_sequences)
         max_pages = _positive("max_pages", num_pages if max_pages is None else max_pages)
         super().__init__(max_sequences, num_pages, page_size, kv_heads, head_dim, value_dim, dtype, device)
-        self.block_table = torch.zeros(max_sequences, max_pages, dtype=torch.int32, device=device)
+        self.block_table = torch.full((max_sequences, max_pages), -1, dtype=torch.int32, device=device)
         self._pages: list[list[int]] = [[] for _ in range(max_sequences)]
         self._references: Counter[int] = Counter()  # how many sequences have a page
         self._unused = list(range(num_pages))[::-1]  # the next to be given out last
@@ -332,12 +385,33 @@ class PagedKVCache(_Cache):
         self._references = Counter({place[page]: self._references[page] for page in order})
         self._unused = list(range(len(order), self.key.shape[0]))[::-1]
         self._pages = [[place[page] for page in pages] for pages in self._pages]
-        self._update_table(dict.fromkeys(range(len(self._pages)), 0))
+        self._update_table({sequence: (0, pages) for sequence, pages in enumerate(self._pages)})
 
-    def _make_room(self, sequences: list[int], count: int) -> None:
+    @contextmanager
+    def _room(self, sequences: list[int], count: int) -> Iterator[None]:
+        given = self._choose_pages(sequences, count)
+        try:
+            self._copy_shared(given)
+            self._update_table(given)
+            yield
+        except BaseException:
+            before = {
+                sequence: (begin, (self._pages[sequence][begin:] + [-1] * len(pages))[: len(pages)])
+                for sequence, (begin, pages) in given.items()
+            }
+            self._update_table(before)
+            raise
+        for sequence, (begin, pages) in given.items():
+            self._references.subtract(self._pages[sequence][begin:])
+            self._references.update(pages)
+            self._pages[sequence][begin:] = pages
+            del self._unused[-len(pages) :]
+
+    def _choose_pages(self, sequences: list[int], count: int) -> dict[int, tuple[int, list[int]]]:
+        """Unused pages for `count` more tokens of each, and from which of a sequence's own on they come."""
         size, most = self.page_size, self.block_table.shape[1]
         added = {
-            sequence: -(-(self._lengths[sequence] + count) // size) - len(self._pages[sequence])
+            sequence: max(0, -(-(self._lengths[sequence] + count) // size) - len(self._pages[sequence]))
             for sequence in sequences
         }
         longest = max((len(self._pages[sequence]) + pages for sequence, pages in added.items()), default=0)
@@ -349,19 +423,22 @@ class PagedKVCache(_Cache):
         needed = sum(added.values())
         if needed > len(self._unused):
             raise CacheFullError(f"{needed} pages are needed, {len(self._unused)} are free")
+        unused = reversed(self._unused)
+        return {
+            sequence: (len(self._pages[sequence]) - (sequence in copied), list(islice(unused, pages)))
+            for sequence, pages in added.items()
+            if pages
+        }
 
-        sources = [self._pages[sequence].pop() for sequence in copied]
-        self._references.subtract(sources)
-        begins = {sequence: len(self._pages[sequence]) for sequence, pages in added.items() if pages}
-        for sequence in begins:
-            taken = self._unused[: -added[sequence] - 1 : -1]
-            del self._unused[-added[sequence] :]
-            self._pages[sequence] += taken
-            self._references.update(taken)
-        if copied:
-            self._copy_pages(sources, [self._pages[sequence][begins[sequence]] for sequence in copied])
-        if begins:
-            self._update_table(begins)
+    def _copy_shared(self, given: dict[int, tuple[int, list[int]]]) -> None:
+        """Copies the pages in whose place others come."""
+        copies = [
+            (self._pages[sequence][begin], pages[0])
+            for sequence, (begin, pages) in given.items()
+            if begin < len(self._pages[sequence])
+        ]
+        if copies:
+            self._copy_pages(*map(list, zip(*copies, strict=True)))
 
     def _must_copy(self, sequences: list[int]) -> list[int]:
         """Those of the writing sequences whose last page, not full, is to remain as it is for others."""
@@ -376,13 +453,15 @@ class PagedKVCache(_Cache):
                     copies[last] += 1
         return copied
 
-    def _update_table(self, begins: dict[int, int]) -> None:
-        """Tells the device the pages of sequences, of each from one on."""
+    def _update_table(self, changes: dict[int, tuple[int, list[int]]]) -> None:
+        """Tells the device the pages of sequences, of each those from a column on."""
         entries = [
             (sequence, column, page)
-            for sequence, begin in begins.items()
-            for column, page in enumerate(self._pages[sequence][begin:], begin)
+            for sequence, (begin, pages) in changes.items()
+            for column, page in enumerate(pages, begin)
         ]
+        if not entries:
+            return
         table = torch.tensor(entries, dtype=torch.int64, device=self.device).view(len(entries), 3)
         sequences, columns, pages = table.unbind(1)
         self.block_table[sequences, columns] = pages.to(torch.int32)
@@ -398,7 +477,7 @@ class PagedKVCache(_Cache):
             self._references.update(self._pages[copy])
 
     def _release(self, sequences: list[int]) -> None:
-        self.block_table[sequences] = 0
+        self.block_table[sequences] = -1
         for sequence in sequences:
             pages, self._pages[sequence] = self._pages[sequence], []
             self._references.subtract(pages)

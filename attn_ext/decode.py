@@ -16,6 +16,7 @@ __all__ = ["attention_decode"]
 
 _decode = torch.ops.attn_ext.attention_decode.default
 _decode_handle = _decode._handle
+_MOST = 2**62  # that the operator is asked for: sums with it do not overflow
 
 
 def attention_decode(
@@ -60,21 +61,22 @@ def attention_decode(
             pages that are not read, beyond the last token or before the window, may be anything.
         new_key, new_value: (B, Hkv, Lnew, D) and (..., Dv), of query's dtype, written at cache_seqlens[b]
             onwards. Without them the queries' own tokens are in the cache already. No two sequences may write
-            to the same page.
+            to the same page; a cache may overlap neither itself nor the other.
         rotary_cos, rotary_sin: (positions, r / 2), of query's dtype or float32: query and new_key have their
             first r columns turned by row n of these for token n (RoFormer, Su et al., 2021).
         rotary_interleaved: the pairs turned are columns (2 c, 2 c + 1), as in GPT-J, not (c, c + r / 2).
         key_scale, value_scale: float32, what the numbers of int8 and float8_e4m3fn caches are multiplied by,
             one for each page (or sequence, without a block_table) and head: (num_pages, Hkv). What is
-            appended is divided by the scale that is there, rounded, and clamped to +-127 or +-448.
+            appended is divided by the scale that is there, not 0, rounded, and clamped to +-127 or +-448.
         shared_prefix: keys (1, Hkv, P, D) and values (1, Hkv, P, Dv) of P tokens that precede every sequence,
             of query's dtype, attended to once for the whole batch. Positions count from its first token, for
             rotary_cos too; its keys are rotated already.
         window: (left, right): a query attends to no token more than `left` before its own; None is no bound,
             and no `right` shows a query what follows it.
         softcap, alibi_slopes, sinks, scale: as for `attention`. With a shared_prefix slopes are (Hq,).
-        num_splits: into how many ranges the keys of each sequence are cut, which decides how sums are
-            rounded; None: ranges of a fixed length, so that the bits are those of the sequence alone.
+        num_splits: into how many ranges, of 16 keys or more, those of each sequence are cut at most, which
+            decides how sums are rounded; None: ranges of a fixed length, so that the bits are those of the
+            sequence alone.
         return_lse: also return the log-sum-exp of each row of scores.
 
     Returns:
@@ -137,29 +139,33 @@ def _attend(
     scale = query.shape[3] ** -0.5 if scale is None else functional._finite(scale)
     left, right = (None, None) if window is None else window
     if (
-        (right is not None and right < 0)
+        (right is not None and (right < 0 or not isinstance(right, (int, torch.SymInt))))
+        or bool in (type(left), type(right), type(softcap), type(num_splits))
         or not isinstance(rotary_interleaved, bool)
         or isinstance(softcap, Tensor)
         or (alibi_slopes is not None and alibi_slopes.dtype not in FLOAT_DTYPES)
         or (sinks is not None and sinks.dtype not in FLOAT_DTYPES)
     ):
         raise ValueError("what the operator would not refuse, or not get to see")  # explained by the caller
+    left = None if left is None else min(left, _MOST)
+    num_splits = None if num_splits is None else min(num_splits, _MOST)
     prefix = None
     if shared_prefix is not None:
+        if _ops._is_differentiated(tuple(shared_prefix)):
+            raise NotImplementedError(_NOT_DIFFERENTIABLE)
         if shared_prefix[0].shape[1] != key_cache.shape[1]:
             raise ValueError("kv heads of the prefix")
         positions = _positions(cache_seqlens, query.shape[2], 0 if new_key is None else new_key.shape[2])
+        length = shared_prefix[0].shape[2]
+        turned = query
         if rotary_cos is not None:
-            start = shared_prefix[0].shape[2]
-            tables = rotary_cos, rotary_sin, rotary_interleaved
-            query = _rotate(query, positions + start, *tables)
-            if new_key is not None:
-                appended = torch.arange(new_key.shape[2], device=query.device)
-                new_key = _rotate(new_key, cache_seqlens.unsqueeze(1) + appended + start, *tables)
-            rotary_cos = rotary_sin = None
+            if rotary_cos.shape[0] < length:
+                raise ValueError("rows of rotary_cos")
+            turned = _rotate(query, positions + length, rotary_cos, rotary_sin, rotary_interleaved)
+            rotary_cos, rotary_sin = rotary_cos[length:], rotary_sin[length:]
         hides = left is not None or new_key is None or new_key.shape[2] < query.shape[2]
-        ranges = _visible_prefix(positions, left, shared_prefix[0].shape[2]) if hides else None
-        prefix = _attend_prefix(query, *shared_prefix, positions, ranges, alibi_slopes, scale, softcap)
+        ranges = _visible_prefix(positions, left, length) if hides else None
+        prefix = _attend_prefix(turned, *shared_prefix, positions, ranges, alibi_slopes, scale, softcap)
     if alibi_slopes is not None and alibi_slopes.dim() == 1:
         alibi_slopes = alibi_slopes.unsqueeze(0)
     suffix = _call(

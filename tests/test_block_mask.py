@@ -116,10 +116,12 @@ def test_tiles_with_the_same_hash_are_told_apart(monkeypatch):
     check(mask, visible)
 
 
-def test_a_predicate_is_asked_in_slices(monkeypatch):
+@pytest.mark.parametrize("block_size", [16, 64], ids=["some blocks", "a part of a block"])
+def test_a_predicate_is_asked_in_slices(block_size, monkeypatch):
     """The same mask, whatever is looked at at once."""
     visible = random_visible(2, 2, 100, 90)
-    expected = from_tensor(visible)
+    expected = from_tensor(visible, block_size)
+    flex = expected.to_flex()
     monkeypatch.setattr("attn_ext._block_cover._PAIRS_AT_ONCE", 3000)
     asked = []
 
@@ -127,8 +129,28 @@ def test_a_predicate_is_asked_in_slices(monkeypatch):
         asked.append(torch.broadcast_shapes(b.shape, h.shape, q.shape, k.shape).numel())
         return visible[b, h, q, k]
 
-    assert BlockMask.from_predicate(predicate, 100, 90, batch=2, heads=2, block_size=16) == expected
+    mask = BlockMask.from_predicate(predicate, 100, 90, batch=2, heads=2, block_size=block_size)
+    assert mask == expected
     assert max(asked) <= 3000
+    assert BlockMask.from_flex(flex) == expected
+
+
+LARGE_BLOCKS_SCRIPT = """
+import resource, torch
+from attn_ext import *
+
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+mask = BlockMask.from_mask(Causal(), 8192, 8192, block_size=8192).without_rule()
+assert mask.blocks.bits.nbytes == 8 * 2**20
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def test_large_blocks_need_memory_of_their_bits():
+    """In a process of its own: not that of all 67 million pairs of a block at once."""
+    command = [sys.executable, "-c", LARGE_BLOCKS_SCRIPT]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert int(result.stdout) < 256 * 1024, f"{int(result.stdout) / 1024:.0f} MiB"
 
 
 @pytest.mark.parametrize("block_size", BLOCK_SIZES, ids=str)
@@ -443,9 +465,20 @@ def test_to_flex(block_size):
         flex = ruled.to_flex()
         expected = ruled.to_dense(3, 2, QUERY_LEN, KV_LEN)
         assert torch.equal(dense_of_flex(flex, 3, 2), expected)
-        assert torch.equal(flex.to_dense().bool(), mask.block_map)
+        batch = 3 if isinstance(rule, KeyLengths) else 1
+        assert torch.equal(flex.to_dense().bool(), mask.block_map.expand(batch, -1, -1, -1))
         full = flex.full_kv_num_blocks.sum()
         assert full == (mask.blocks.tiles.eq(-1).sum() if rule is None else 0)
+
+
+def test_to_flex_has_the_sizes_of_the_rule():
+    """Its lists, as functions that use them take batch and heads from there."""
+    mask = BlockMask.from_map(torch.ones(4, 5).bool(), query_len=QUERY_LEN, kv_len=KV_LEN, block_size=16)
+    for rule, sizes in ((KeyLengths([70, 0, 33]), (3, 1)), (MASKS["dense per head"], (1, 2))):
+        ruled = mask & rule
+        flex = ruled.to_flex()
+        assert flex.shape[:2] == flex.kv_indices.shape[:2] == sizes
+        assert BlockMask.from_flex(flex) == ruled.without_rule()
 
 
 def test_flex_attention_gives_the_same():
@@ -496,6 +529,8 @@ def test_properties():
     assert mask.to("cpu") is mask
     assert mask.to(CPU) == mask
     assert mask.parts == (mask,)
+    on_meta = (mask & Causal()).to("meta")
+    assert (on_meta.device.type, on_meta.num_blocks, on_meta.rule) == ("meta", 7, Causal())
     assert BlockMask.from_map(torch.ones(2, 3, 0, 4).bool()).density == 0
 
 
@@ -536,6 +571,20 @@ def test_repr():
     assert len(long) == 17
     assert {len(line) for line in long[1:]} == {32}
     assert repr(BlockMask.from_map(torch.ones(0, 4).bool())).startswith("BlockMask(query_len=0")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"batch": 5}, ValueError, "batch must be from 0 to 1, got 5"),
+        ({"batch": -1}, ValueError, "batch must be at least 0, got -1"),
+        ({"head": 3}, ValueError, "head must be from 0 to 2, got 3"),
+        ({"head": 1.0}, TypeError, "head must be an int, got float"),
+    ],
+)
+def test_plots_that_there_are_not(arguments, error, message):
+    with pytest.raises(error, match=message):
+        from_tensor(random_visible(2, 3, 40, 60), 16).plot(**arguments)
 
 
 def test_plot(monkeypatch):
@@ -641,6 +690,32 @@ def test_bad_blocks(blocks, error, message):
         BlockMask(blocks, 32, 48)
 
 
+OF_OTHER_LENGTHS = {
+    "dense": (Dense(torch.ones(7, 7).bool()), r"mask Dense must .* broadcastable to \(1, 1, 50, 70\)"),
+    "dense in a batch": (Dense(torch.ones(2, 3, 50, 7).bool()), r"broadcastable to \(2, 3, 50, 70\)"),
+    "dense of keys": (Dense(torch.ones(50).bool()), r"got shape \(50,\)"),
+    "queries of segments": (Segments(PACKED), r"mask Segments must have query_ids of shape .* or \(50,\)"),
+    "keys of segments": (Segments(PACKED[:50]), r"mask Segments must have kv_ids of shape .* or \(70,\)"),
+    "lengths": (KeyLengths([3, 71]), "mask KeyLengths must hold lengths from 0 to 70"),
+    "a part": (Causal() & KeyLengths([71]), "mask KeyLengths must hold lengths from 0 to 70"),
+}
+
+
+@pytest.mark.parametrize("name", OF_OTHER_LENGTHS)
+def test_masks_of_other_lengths(name):
+    mask, message = OF_OTHER_LENGTHS[name]
+    blocks = from_tensor(random_visible(1, 1, QUERY_LEN, KV_LEN))
+    for use in (
+        lambda: BlockMask.from_mask(mask, QUERY_LEN, KV_LEN),
+        lambda: blocks | mask,
+        lambda: (blocks & mask).without_rule(),
+        lambda: (blocks & mask).to_flex(),
+        lambda: (blocks & mask) | Causal(),
+    ):
+        with pytest.raises(ValueError, match=message):
+            use()
+
+
 ONES = torch.ones(2, 2).bool()
 
 
@@ -670,6 +745,16 @@ ONES = torch.ones(2, 2).bool()
             lambda: BlockMask.from_map(ONES, block_size=(16, 0)),
             ValueError,
             "block_size must be of multiples of 16",
+        ),
+        (
+            lambda: BlockMask.from_map(ONES, block_size=65552),
+            ValueError,
+            "block_size must be at most 65536, got 65552",
+        ),
+        (
+            lambda: BlockMask.from_map(ONES.expand(0, 1, 2, 2)),
+            ValueError,
+            r"block_map must have at least one batch entry and one head, got shape \(0, 1, 2, 2\)",
         ),
         (
             lambda: BlockMask.from_map(ONES, block_size="16"),
@@ -712,6 +797,21 @@ ONES = torch.ones(2, 2).bool()
             lambda: BlockMask.from_predicate(lambda b, h, q, k: True, 9, 9),
             TypeError,
             "visible must return a bool tensor, got bool",
+        ),
+        (
+            lambda: BlockMask.from_predicate(lambda b, h, q, k: torch.ones(3, 3).bool(), 9, 9),
+            ValueError,
+            r"that broadcasts to the shape of its arguments, \(1, 64, 64\), got shape \(3, 3\)",
+        ),
+        (
+            lambda: BlockMask.from_predicate(lambda b, h, q, k: (q == k)[None], 9, 9),
+            ValueError,
+            r"got shape \(1, 1, 64, 64\)",
+        ),
+        (
+            lambda: BlockMask.from_predicate(None, 9, 9),
+            TypeError,
+            "visible must be a function, got NoneType",
         ),
         (
             lambda: BlockMask.from_predicate(lambda b, h, q, k: q == k, 9, 9, heads=0),

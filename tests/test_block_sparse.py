@@ -212,6 +212,26 @@ def test_compiled() -> None:
     torch._dynamo.reset()
 
 
+def test_compiled_with_symbolic_batch_and_heads() -> None:
+    """Masks for every batch entry and head are compared with sizes that are symbols."""
+    inputs = make_inputs(3, 4, 40, 36, 8)
+    ids = torch.arange(36).expand(3, -1) // 10
+    for mask in (
+        make_block_mask((3, 4, 40, 36), (16, 16), 0.6),
+        make_block_mask((3, 4, 40, 36), (16, 16), 0.6) & Segments(ids.repeat(1, 2)[:, :40], ids),
+    ):
+
+        def function(*tensors: torch.Tensor, mask: BlockMask = mask) -> torch.Tensor:
+            return attn_ext.block_sparse_attention(*tensors, mask)
+
+        for tensor in inputs:
+            for dim in (0, 1):
+                torch._dynamo.maybe_mark_dynamic(tensor, dim)
+        compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(*inputs), function(*inputs))
+        torch._dynamo.reset()
+
+
 def test_operator_obeys_its_schema() -> None:
     inputs, mask = small_problem()
     options = {f"block_{name}": tensor for name, tensor in mask.blocks._asdict().items()}

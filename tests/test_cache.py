@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from attn_ext import CacheFullError, KVCache, PagedKVCache
+import attn_ext
+from attn_ext import CacheFullError, Causal, KVCache, PagedKVCache, attention_decode
 
 HEADS, HEAD_DIM, VALUE_DIM = 2, 3, 5
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -146,7 +147,7 @@ class PagedProgram:
         number: dict[int, int] = {}  # of each of the model's pages
         for sequence in range(self.SEQUENCES):
             pages, table = self.model.get(sequence, []), self.cache.block_table[sequence].tolist()
-            assert table[len(pages) :] == [0] * (len(table) - len(pages))
+            assert table[len(pages) :] == [-1] * (len(table) - len(pages))
             assert self.cache.seqlens[sequence] == sum(map(len, pages))
             for page, entry in zip(pages, table, strict=False):
                 assert number.setdefault(id(page), entry) == entry
@@ -276,6 +277,131 @@ def test_a_shared_full_page_is_not_copied():
     cache.fork(0)
     cache.append(*make_tokens(2, 1))
     assert cache.block_table[:2, 0].tolist() == [0, 0]
+
+
+def test_an_append_that_fails_leaves_the_cache_as_it_was(make, monkeypatch):
+    cache = make()
+    cache.allocate()
+    cache.append(*make_tokens(1, 3))
+    cache.fork(0)
+    tokens, before = [cache.read(sequence) for sequence in range(2)], state(cache)
+
+    def fail(*_: Any) -> None:
+        raise OSError("no memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "_write", fail)
+        for sequences in ([0, 1], [1]):
+            with pytest.raises(OSError, match="no memory"):
+                cache.append(*make_tokens(len(sequences), 6), sequences)
+    contents = {"key", "value", "_write"}  # pages that nobody has may hold anything
+    assert_same_state(vars(cache), {name: part for name, part in before.items() if name not in contents})
+    for sequence in range(2):
+        assert all(map(torch.equal, cache.read(sequence), tokens[sequence]))
+    cache.append(*make_tokens(2, 6))
+    assert cache.seqlens.tolist() == [9, 9, 0]
+
+
+# --- Room for what attention_decode writes ------------------------------------------------------------------
+
+
+def attend(cache: Any, query: Tensor, lengths: Tensor, sequences: list[int], **options: Any) -> Tensor:
+    if isinstance(cache, PagedKVCache):
+        return attention_decode(
+            query, cache.key, cache.value, lengths, block_table=cache.block_table[sequences], **options
+        )
+    return attention_decode(
+        query, cache.key[: len(sequences)], cache.value[: len(sequences)], lengths, **options
+    )
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """(n, H, L, D), its first columns turned by the angles of the tokens 0 .. L - 1."""
+    a, b, rest = x.tensor_split((cos.shape[1], 2 * cos.shape[1]), dim=-1)
+    cos, sin = cos[: x.shape[2]], sin[: x.shape[2]]
+    return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), dim=-1)
+
+
+def test_generation_in_reserved_room(make):
+    """Prompt, steps and a fork in the middle of a page, each step compared with attention to all tokens."""
+    cache = make(dtype=torch.float32)
+    cache.allocate()
+    angles = torch.rand(10, 1)
+    tables = angles.cos(), angles.sin()
+    key, value = make_tokens(1, 2)
+    cache.append(rotate(key, *tables), value)
+    sequences = [0]
+    for count in (1, 2, 1, 1, 1, 2):
+        if count == 2:
+            copies = cache.fork(0)
+            sequences += copies
+            key, value = (torch.cat((tensor, tensor[:1])) for tensor in (key, value))
+        new_key, new_value = make_tokens(len(sequences), count)
+        query = torch.randn(len(sequences), 2 * HEADS, key.shape[2] + count, HEAD_DIM)
+        key, value = torch.cat((key, new_key), 2), torch.cat((value, new_value), 2)
+        lengths = cache.reserve(count)
+        assert (lengths.dtype, lengths.tolist()) == (torch.int32, [key.shape[2] - count] * len(sequences))
+        out = attend(
+            *(cache, query[:, :, -count:], lengths, sequences),
+            new_key=new_key,
+            new_value=new_value,
+            rotary_cos=tables[0],
+            rotary_sin=tables[1],
+        )
+        exact = attn_ext.reference.attention(
+            rotate(query, *tables), rotate(key, *tables), value, mask=Causal()
+        )
+        torch.testing.assert_close(out.double(), exact[:, :, -count:], rtol=1e-5, atol=1e-5)
+        for sequence in sequences:
+            torch.testing.assert_close(cache.read(sequence)[0], rotate(key, *tables)[sequence])
+    assert cache.seqlens.tolist() == [10, 10, 10]
+
+
+def test_what_is_not_reserved_is_not_written():
+    """At the end of a page: there is none for the next token, and entry -1 is that of no other sequence."""
+    cache = make_paged()
+    cache.allocate(2)
+    cache.append(*make_tokens(2, 4))
+    before = state(cache)
+    new_key, new_value = make_tokens(2, 1)
+    query = torch.randn(2, HEADS, 1, HEAD_DIM)
+    with pytest.raises(ValueError, match=r"block_table must hold pages .*, got \[-1, -1\]"):
+        attend(cache, query, cache.seqlens[:2], [0, 1], new_key=new_key, new_value=new_value)
+    assert_same_state(vars(cache), before)
+
+
+def test_reserve_of_some_sequences(make):
+    cache = make()
+    cache.allocate(3)
+    cache.append(*make_tokens(3, 3))
+    assert cache.reserve(2, [2, 0]).tolist() == [3, 3]
+    cache.append(*make_tokens(3, 1))
+    assert cache.seqlens.tolist() == [6, 4, 6]
+
+
+def test_reserve_of_a_full_cache(make):
+    cache = make()
+    cache.allocate()
+    cache.append(*make_tokens(1, 6))
+    cache.fork(0, 2)
+    before = state(cache)
+    with pytest.raises(CacheFullError):
+        cache.reserve(50)
+    assert_same_state(vars(cache), before)
+
+
+def test_reserve_errors(make):
+    cache = make()
+    cache.allocate()
+    with pytest.raises(TypeError, match="count must be an int, got float"):
+        cache.reserve(1.0)
+    with pytest.raises(ValueError, match="count must be positive, got 0"):
+        cache.reserve(0)
+    with pytest.raises(ValueError, match="sequences must be in use, got 1"):
+        cache.reserve(1, [1])
+    for dtype in QUANTISED:
+        with pytest.raises(ValueError, match=f"caches that are not quantised, got {dtype}"):
+            make(dtype=dtype).reserve(1)
 
 
 def test_gradients_stop_here(make):
@@ -441,6 +567,12 @@ def test_sizes(kind, name, size, error):
             None,
             ValueError,
             r"value must be \(2, 2, 1, 5\), got",
+        ),
+        (
+            (torch.zeros(2, 2, 1, 3), torch.zeros(2, 2, 1, 5).to_sparse()),
+            None,
+            TypeError,
+            "value must be a dense tensor, got layout torch.sparse_coo",
         ),
         (make_tokens(1, 1), None, ValueError, r"key must be \(2, 2, 1, 3\), got shape \(1, 2, 1, 3\)"),
         (make_tokens(2, 1), [0, 2], ValueError, "sequences must be in use, got 2"),

@@ -362,12 +362,44 @@ def test_appended_rows_are_quantised(cache, isa):
     for stored, scale in ((problem.key_cache, "key_scale"), (problem.value_cache, "value_scale")):
         for b in range(2):
             page, _, row = problem.place(b, problem.seqlens[b] + torch.arange(2))
-            inverse = 1 / scales[scale][page]
-            expected = rows[b].transpose(0, 1) * inverse[:, :, None]
+            expected = rows[b].transpose(0, 1) / scales[scale][page][:, :, None]
             limit = LARGEST[cache]
             expected = expected.clamp(-limit, limit)
             expected = (expected.round() if cache == torch.int8 else expected).to(cache)
             assert torch.equal(stored[page, :, row].float(), expected.float())
+
+
+@pytest.mark.parametrize("cache", LARGEST)
+def test_scales_whose_inverse_overflows(cache):
+    scale = torch.full((1, 1), 2.0**-140)
+    codes = torch.tensor([0.0, 1.0, -3.0, 5.0]).expand(1, 1, 1, 4)
+    caches = [torch.ones(1, 1, 2, 4).to(cache) for _ in range(2)]
+    new = {"new_key": codes * scale, "new_value": codes * scale}
+    attention_decode(codes, *caches, torch.tensor([1]), **new, key_scale=scale, value_scale=scale)
+    for stored in caches:
+        assert torch.equal(stored[:, :, 1:].float(), codes)
+
+
+@pytest.mark.parametrize("cache", LARGEST)
+@pytest.mark.parametrize("name", ["key_scale", "value_scale"])
+def test_a_page_without_a_scale_is_not_written(name, cache):
+    arguments = valid()
+    arguments |= {name: arguments[name].to(cache) for name in ("key_cache", "value_cache")}
+    arguments |= {"key_scale": torch.ones(6, 2), "value_scale": torch.ones(6, 2)}
+    arguments[name][[0, 2, 4]] = 0  # what the first sequence filled before, and pages without tokens
+    attention_decode(**arguments)
+    before = arguments["key_cache"].clone()
+    arguments[name][3, 1] = 0
+    arguments["new_key"] = arguments["new_key"] + 1
+    with pytest.raises(ValueError, match=f"{name} must not be 0 where new_key and new_value are written"):
+        attention_decode(**arguments)
+    assert torch.equal(arguments["key_cache"].float(), before.float())
+    attention_decode(**{**arguments, "new_key": None, "new_value": None})
+    whole = {
+        part: arguments[part][1:5:2] for part in ("key_cache", "value_cache", "key_scale", "value_scale")
+    }
+    with pytest.raises(ValueError, match=f"{name} must not be 0 where"):  # without pages
+        attention_decode(**{**arguments, **whole, "block_table": None, "cache_seqlens": torch.tensor([3, 3])})
 
 
 @pytest.mark.parametrize("cache", LARGEST)
@@ -403,6 +435,12 @@ def test_error_of_quantisation(cache):
 @pytest.mark.parametrize("num_splits", [1, 2, 3, 7, 64, 2**63 - 1])
 def test_splits(num_splits, isa):
     Problem((1, 700, 1500), group=4, head_dim=64, page_size=16).check(num_splits=num_splits)
+
+
+def test_a_split_has_16_keys():
+    problem = Problem((700, 1500), head_dim=64)
+    for splits in (1500, 2**70):
+        assert torch.equal(problem.decode(num_splits=splits)[0], problem.decode(num_splits=94)[0])
 
 
 @pytest.mark.parametrize("num_splits", [None, 5])
@@ -521,6 +559,21 @@ def test_rotary_positions_count_from_the_shared_prefix(interleaved):
         torch.testing.assert_close(out[b : b + 1].double(), exact, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("cache", [torch.bfloat16, *LARGEST])
+def test_a_prefix_leaves_what_is_appended_as_it_is(cache):
+    """To the bit: rotated keys are rounded once."""
+    problem = Problem((4, 30), appended=2, dtype=torch.bfloat16, head_dim=64)
+    scales = quantise(problem, cache) if cache in LARGEST else {}
+    cos, sin = tables(50, 32, torch.float32)
+    stored = []
+    for length in (0, 20):
+        prefix = tuple(torch.randn(1, 2, length, 64, dtype=torch.bfloat16) for _ in range(2))
+        rows = {"rotary_cos": cos[20 - length :], "rotary_sin": sin[20 - length :]}
+        problem.decode(shared_prefix=prefix if length else None, **rows, **scales)
+        stored.append(problem.key_cache.float().nan_to_num(9))
+    assert torch.equal(*stored)
+
+
 # --- What is refused ----------------------------------------------------------------------------------------
 
 
@@ -602,9 +655,13 @@ def valid() -> dict[str, Any]:
         ),
         ({"window": 3}, TypeError, "window must be a pair"),
         ({"window": (1.5, 0)}, TypeError, "window must hold ints or None, got float for left"),
+        ({"window": (True, 0)}, TypeError, "window must hold ints or None, got bool for left"),
+        ({"window": (0, True)}, TypeError, "window must hold ints or None, got bool for right"),
+        ({"window": (0, 1.5)}, TypeError, "window must hold ints or None, got float for right"),
         ({"window": (-1, 0)}, ValueError, "window must not be negative (None is no bound), got left=-1"),
         ({"window": (None, -1)}, ValueError, "window must not be negative (None is no bound), got right=-1"),
         ({"softcap": -1.0}, ValueError, "softcap must be a finite number"),
+        ({"softcap": True}, TypeError, "softcap must be a float or None, got bool"),
         ({"softcap": float("inf")}, ValueError, "softcap must be a finite number"),
         ({"scale": float("nan")}, ValueError, "scale must be finite"),
         ({"alibi_slopes": torch.ones(3)}, ValueError, "alibi_slopes must have shape (4,)"),
@@ -617,6 +674,25 @@ def valid() -> dict[str, Any]:
         ({"sinks": torch.ones(2)}, ValueError, "sinks must have shape (4,)"),
         ({"num_splits": 0}, ValueError, "num_splits must be positive, got 0"),
         ({"num_splits": 1.5}, TypeError, "num_splits must be an int or None, got float"),
+        ({"num_splits": True}, TypeError, "num_splits must be an int or None, got bool"),
+        (
+            {
+                "shared_prefix": (torch.zeros(1, 2, 9, 8),) * 2,
+                "rotary_cos": torch.zeros(7, 4),
+                "rotary_sin": torch.zeros(7, 4),
+            },
+            ValueError,
+            "rotary_cos must have a row for each token, got 7 rows for 17 tokens",
+        ),
+        (
+            {
+                "shared_prefix": (torch.zeros(1, 2, 3, 8),) * 2,
+                "rotary_cos": torch.zeros(20, 4),
+                "rotary_sin": torch.zeros(20, 1),
+            },
+            ValueError,
+            "rotary_sin must be (20, 4)",
+        ),
     ],
 )
 def test_errors(changes, error, message):
@@ -649,7 +725,8 @@ HOSTILE = [
     ({"block_table": torch.tensor([[4, -1, 0], [3, 5, 2]])}, "block_table must hold pages from 0 to 5"),
     ({"block_table": torch.tensor([[4, 1, 0], [HUGE, 5, 2]])}, "block_table must hold pages from 0 to 5"),
     ({"block_table": torch.tensor([[4, 1, 0], [-HUGE, 5, 2]])}, "block_table must hold pages from 0 to 5"),
-    ({"block_table": torch.zeros(2, 0, dtype=torch.int32)}, "cache_seqlens must be from 0 to -1"),
+    ({"block_table": torch.zeros(2, 0, dtype=torch.int32)}, "new_key must fit the cache, got 1 tokens for"),
+    ({name: torch.zeros(0, 2, 4, 8) for name in ("key_cache", "value_cache")}, "no page of an empty cache"),
 ]
 
 
@@ -671,6 +748,69 @@ def test_entries_of_pages_without_tokens_may_be_anything():
     expected = attention_decode(**arguments)
     arguments["block_table"] = torch.tensor([[4, 1, -HUGE], [3, HUGE, 99]])  # 8 and 4 tokens in pages of 4
     assert torch.equal(attention_decode(**arguments), expected)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        (torch.zeros(1, 2, 4, 8).expand(6, -1, -1, -1), torch.zeros(6, 2, 4, 8), "key_cache .* itself"),
+        (torch.zeros(6, 2, 4, 8), torch.zeros(6, 2, 1, 8).expand(-1, -1, 4, -1), "value_cache .* itself"),
+        (*(torch.zeros(6, 2, 4, 8),) * 2, "key_cache and value_cache must not overlap"),
+        (*torch.zeros(6, 2, 4, 15).unfold(3, 8, 7).unbind(3), "key_cache and value_cache must not overlap"),
+    ],
+)
+def test_caches_that_overlap_are_not_written(key, value, message):
+    arguments = {**valid(), "key_cache": key, "value_cache": value}
+    with pytest.raises(ValueError, match=message):
+        attention_decode(**arguments)
+    assert not key.any()
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.attn_ext.attention_decode(*operator_arguments(arguments))
+    nothing = {name: arguments[name][:, :, :0] for name in ("new_key", "new_value")}
+    for unwritten in (nothing, dict.fromkeys(nothing)):
+        attention_decode(**{**arguments, **unwritten})
+
+
+def pages_in_two_orders() -> tuple[Tensor, Tensor]:
+    """Keys have rows inside heads, values heads inside rows."""
+    key, value = torch.zeros(6, 128).chunk(2, dim=1)
+    return key.unflatten(1, (2, 4, 8)), value.unflatten(1, (4, 2, 8)).transpose(1, 2)
+
+
+@pytest.mark.parametrize(
+    "both",
+    [
+        torch.zeros(6, 2, 2, 4, 8).unbind(1),  # each page: keys, values
+        torch.zeros(6, 2, 4, 2, 8).unbind(3),  # each row
+        torch.zeros(6, 2, 4, 16).chunk(2, dim=-1),
+        torch.zeros(6, 4, 4, 8).chunk(2, dim=1),  # each head
+        pages_in_two_orders(),
+    ],
+)
+def test_caches_that_interleave(both):
+    arguments = valid()
+    apart = {**arguments, "key_cache": both[0].clone(), "value_cache": both[1].clone()}
+    expected = attention_decode(**apart)
+    assert torch.equal(
+        attention_decode(**{**arguments, "key_cache": both[0], "value_cache": both[1]}), expected
+    )
+    assert torch.equal(both[1], apart["value_cache"])
+
+
+def test_huge_windows_hide_nothing():
+    arguments = valid()
+    assert torch.equal(attention_decode(**arguments, window=(2**70, 2**70)), attention_decode(**arguments))
+
+
+def test_gradients_of_a_shared_prefix_are_refused():
+    prefix = [torch.randn(1, 2, 3, 8) for _ in range(2)]
+    for part in prefix:
+        part.requires_grad_()
+        with pytest.raises(NotImplementedError, match="not differentiable"):
+            attention_decode(**valid(), shared_prefix=prefix)
+        with torch.no_grad():
+            attention_decode(**valid(), shared_prefix=prefix)
+        part.requires_grad_(False)
 
 
 def test_gradients_are_refused():
@@ -735,6 +875,13 @@ def test_compile(prefix):
     torch.testing.assert_close(actual, expected)
     for name in ("key_cache", "value_cache"):
         assert torch.equal(compiled[name], eager[name])
+
+
+def test_autocast_casts_nothing():
+    arguments = valid()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = attention_decode(**arguments)
+    assert torch.equal(out, attention_decode(**arguments))
 
 
 def test_writes_are_seen_by_autograd():

@@ -15,7 +15,7 @@ from test_block_mask import by_blocks, check, dense_of
 from torch import Tensor
 
 import attn_ext
-from attn_ext import BlockMask, Causal, Prefix, patterns
+from attn_ext import BlockMask, Causal, Prefix, SlidingWindow, patterns
 from attn_ext.patterns import deepspeed
 
 BLOCK_SIZES = (16, (32, 16), (16, 48))
@@ -350,7 +350,7 @@ def test_from_scores(arguments, expected):
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("block_size", [16, (32, 16)], ids=str)
+@pytest.mark.parametrize("block_size", [16, (32, 16), (64, 16), (16, 48)], ids=str)
 def test_topk_blocks(block_size, causal):
     query, key, _ = make_inputs(2, 4, 100, 100, 8, group=2)
     mask = patterns.topk_blocks(query, key, 3, causal=causal, block_size=block_size)
@@ -364,10 +364,19 @@ def test_topk_blocks(block_size, causal):
             own = (begin + kv_block > r * query_block) & (begin < (r + 1) * query_block)
             scores[own] = torch.inf
             scores[begin >= (r + 1) * query_block] = -torch.inf
-        best = scores.topk(3).indices
+        best = scores.topk(max(3, int((scores == torch.inf).sum()))).indices
         assert mask.block_map[b, h, r].nonzero().squeeze(1).tolist() == sorted(
             best[scores[best] > -torch.inf].tolist()
         )
+
+
+def test_every_query_sees_the_blocks_beside_it():
+    """However many blocks of keys a block of queries overlaps, and however few are asked for."""
+    query, key, _ = make_inputs(1, 2, 200, 200, 8)
+    mask = patterns.topk_blocks(query, key, 1, causal=True, block_size=(64, 16))
+    own = torch.arange(200).unsqueeze(1) // 16 == torch.arange(200) // 16
+    causal = torch.ones(200, 200).tril().bool()
+    assert (dense_of(mask) | ~(own & causal)).all()
 
 
 def test_blocks_that_differ_in_length():
@@ -412,6 +421,7 @@ def test_lsh(name, length):
     lsh = patterns.lsh(qk, **arguments, seed=3)
     hashes, buckets = arguments.get("n_hashes", 1), arguments["n_buckets"]
     chunk = arguments.get("chunk", -(-2 * length // (buckets * 16)) * 16)
+    chunk = min(chunk, -(-length // 16) * 16)
     assert lsh.buckets.shape == lsh.order.shape == (2, 2, hashes, length)
     assert 0 <= int(lsh.buckets.min()) <= int(lsh.buckets.max()) < buckets
     assert lsh.block_mask.block_size == (chunk, chunk)
@@ -452,6 +462,22 @@ def test_buckets_are_those_of_random_rotations():
     assert not torch.equal(patterns.lsh(qk, 8, 2, seed=1).buckets, buckets)
     counts = torch.bincount(buckets.flatten(), minlength=8)
     assert counts.min() > 40  # of 125, were they equally likely
+
+
+def test_numbers_beyond_any_length():
+    """They are as good as the largest that makes a difference."""
+    huge = 10**30
+    everything, causal = Prefix(130), Causal()
+    for mask, expected in (
+        (patterns.longformer(130, huge), everything),
+        (patterns.dilated(130, huge, 1), everything),
+        (patterns.dilated(130, 3, huge), SlidingWindow(0, 0)),
+        (patterns.strided(130, huge), causal),
+        (patterns.fixed(130, huge, huge), causal),
+        (patterns.bigbird(130, huge + 1), everything),
+        (patterns.bigbird(130, 1, (), huge), everything),
+    ):
+        assert torch.equal(dense_of(mask), expected.to_dense(1, 1, 130, 130))
 
 
 LONG = 131072
@@ -533,6 +559,7 @@ def test_peak_is_linear_in_blocks(name):
         (lambda: patterns.longformer(9, 2, [9]), ValueError, r"global_tokens must be from 0 to 8, got \[9\]"),
         (lambda: patterns.longformer(9, 2, [-1]), ValueError, "global_tokens must be from 0 to 8"),
         (lambda: patterns.longformer(9, 2, 1), TypeError, "global_tokens must be a sequence of int or a 1-D"),
+        (lambda: patterns.longformer(9, 2, [10**30]), ValueError, "global_tokens must fit in 64 bits"),
         (lambda: patterns.longformer(9, 2, [0.5]), TypeError, "global_tokens must be a sequence of int"),
         (
             lambda: patterns.longformer(9, 2, torch.ones(9).bool()),
@@ -552,6 +579,9 @@ def test_peak_is_linear_in_blocks(name):
             "random_blocks must be an int, got float",
         ),
         (lambda: patterns.bigbird(99, heads=0), ValueError, "heads must be at least 1"),
+        (lambda: patterns.bigbird(99, seed="1"), TypeError, "seed must be an int, got str"),
+        (lambda: patterns.bigbird(99, seed=True), TypeError, "seed must be an int, got bool"),
+        (lambda: patterns.bigbird(99, seed=2**63), ValueError, "seed must fit in 64 bits"),
         (
             lambda: patterns.bigbird(99, random_blocks=torch.zeros(1, 2, 1)),
             TypeError,
@@ -583,6 +613,12 @@ def test_peak_is_linear_in_blocks(name):
             TypeError,
             "threshold must be a float, got str",
         ),
+        (
+            lambda: patterns.from_scores(SCORES, threshold=True),
+            TypeError,
+            "threshold must be a float, got bool",
+        ),
+        (lambda: patterns.from_scores(SCORES, threshold=math.nan), ValueError, "threshold must not be NaN"),
         (lambda: patterns.from_scores(SCORES, k=1, kv_len=5), ValueError, "kv_len must be cut into 3 blocks"),
     ],
 )
@@ -617,6 +653,13 @@ QUERY, KEY = torch.randn(2, 4, 64, 8), torch.randn(2, 2, 64, 8)
         (lambda: patterns.topk_blocks(QUERY[..., :4], KEY, 1), ValueError, "and head_dim"),
         (lambda: patterns.topk_blocks(QUERY, KEY, 0), ValueError, "k must be at least 1, got 0"),
         (
+            lambda: patterns.topk_blocks(QUERY, KEY.double(), 1),
+            TypeError,
+            "key must have the dtype of query, torch.float32, got torch.float64",
+        ),
+        (lambda: patterns.topk_blocks(QUERY, KEY * math.inf, 1), ValueError, "query and key must be finite"),
+        (lambda: patterns.topk_blocks(QUERY, KEY, 1, causal=1), TypeError, "causal must be a bool, got int"),
+        (
             lambda: patterns.topk_blocks(QUERY[:, :, :9], KEY, 1, causal=True),
             ValueError,
             "query and key must be as long when causal, got 9 and 64",
@@ -626,7 +669,26 @@ QUERY, KEY = torch.randn(2, 4, 64, 8), torch.randn(2, 2, 64, 8)
             TypeError,
             "qk must be a floating-point tensor, got torch.int64",
         ),
-        (lambda: patterns.lsh(QUERY[0], 4), ValueError, r"qk must be \(B, H, L, D\), got shape \(4, 64, 8\)"),
+        (
+            lambda: patterns.lsh(QUERY[0], 4),
+            ValueError,
+            r"qk must be \(B, H, L, D\).*, got shape \(4, 64, 8\)",
+        ),
+        (lambda: patterns.lsh(QUERY[:0], 4), ValueError, r"neither B nor H 0, got shape \(0, 4, 64, 8\)"),
+        (lambda: patterns.lsh(QUERY[:, :0], 4), ValueError, r"neither B nor H 0, got shape \(2, 0, 64, 8\)"),
+        (lambda: patterns.lsh(QUERY, 4, seed="a"), TypeError, "seed must be an int, got str"),
+        (lambda: patterns.lsh(QUERY, 4, seed=2**70), ValueError, "seed must fit in 64 bits"),
+        (lambda: patterns.lsh(QUERY, 4, causal="no"), TypeError, "causal must be a bool, got str"),
+        (
+            lambda: patterns.lsh(torch.zeros(1, 1, 4097, 1), 2),
+            ValueError,
+            "chunk must be at most 4096 tokens, got 4112 for 4097 tokens in 2 buckets: give more buckets",
+        ),
+        (
+            lambda: patterns.lsh(QUERY, 4).attend(None, None, None),
+            TypeError,
+            "query must be a torch.Tensor, got NoneType",
+        ),
         (lambda: patterns.lsh(QUERY, 3), ValueError, "n_buckets must be even, got 3"),
         (lambda: patterns.lsh(QUERY, 0), ValueError, "n_buckets must be at least 2, got 0"),
         (lambda: patterns.lsh(QUERY, 4, 0), ValueError, "n_hashes must be at least 1, got 0"),
@@ -648,6 +710,22 @@ def test_errors_of_patterns_by_content(make, error, message):
     [
         (lambda: deepspeed.fixed(100, 1), ValueError, "seq_len must be a multiple of block, 16, got 100"),
         (lambda: deepspeed.fixed(96, 0), ValueError, "num_heads must be at least 1, got 0"),
+        (lambda: deepspeed.fixed(96, 1, block=(16, 16)), TypeError, "block must be an int, got tuple"),
+        (
+            lambda: deepspeed.fixed(96, 1, horizontal_global_attention=1),
+            TypeError,
+            "horizontal_global_attention must be a bool, got int",
+        ),
+        *(
+            (
+                lambda make=make: make(96, 1, different_layout_per_head="no"),
+                TypeError,
+                "different_layout_per_head must be a bool, got str",
+            )
+            for make in (deepspeed.fixed, deepspeed.variable, deepspeed.bigbird, deepspeed.bslongformer)
+        ),
+        (lambda: deepspeed.variable(96, 1, seed=[]), TypeError, "seed must be an int, got list"),
+        (lambda: deepspeed.bigbird(96, 1, seed=1.5), TypeError, "seed must be an int, got float"),
         (lambda: deepspeed.fixed(96, 1, block=24), ValueError, "block_size must be of multiples of 16"),
         (
             lambda: deepspeed.fixed(96, 1, attention="causal"),

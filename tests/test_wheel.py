@@ -14,7 +14,7 @@ from programs import ROOT, require, run
 
 import attn_ext
 
-COMPILE_BUDGET = 60.0  # CPU seconds
+COMPILE_BUDGET = 90.0  # CPU seconds: 50 to 75 on one machine on different days
 
 
 @pytest.fixture(scope="module")

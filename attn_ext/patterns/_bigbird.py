@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._blocks import BlockSize, Grid, check_length, full_blocks
 from ..block_mask import BlockMask
-from ._shapes import as_indices, token_grid
+from ._shapes import as_indices, check_seed, token_grid
 
 _NONE = -1  # in the place of a block
 
@@ -50,7 +50,9 @@ def bigbird(
     given = as_indices("global_blocks", global_blocks)
     if given.numel() and not -count <= int(given.min()) <= int(given.max()) < count:
         raise ValueError(f"global_blocks must be from {-count} to {count - 1}, got {given.tolist()}")
+    check_seed(seed)
 
+    window = min(window, 2 * max(grid.query_blocks, grid.kv_blocks) + 1)
     row = torch.arange(grid.query_blocks).unsqueeze(1)
     near = row + torch.arange(window) - window // 2
     near = torch.where((near >= 0) & (near < grid.kv_blocks), near, _NONE)
@@ -61,7 +63,7 @@ def bigbird(
         check_length("random_blocks", random_blocks)
         check_length("heads", heads, least=1)
         generator = torch.Generator().manual_seed(seed)
-        drawn = _draw(seen, grid, heads, random_blocks, generator)
+        drawn = _draw(seen, grid, heads, min(random_blocks, grid.kv_blocks), generator)
 
     seen = torch.cat((seen.expand(drawn.size(0), -1, -1), drawn), 2)
     first = torch.arange(seen.size(0)).view(-1, 1, 1) * grid.query_blocks

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .._blocks import BlockSize, as_block_size, check_length
+from .._validation import _check_bool
 from ..block_mask import BlockMask
 from ..masks import Causal, Mask
 
@@ -34,8 +35,8 @@ def from_scores(
 
     Raises:
         TypeError: `scores` is not a floating-point tensor, or another argument is of another type.
-        ValueError: a score is NaN, a number or shape does not fit, or not just one of `k` and `threshold` is
-            given.
+        ValueError: a score or `threshold` is NaN, a number or shape does not fit, or not just one of `k` and
+            `threshold` is given.
     """
     if not isinstance(scores, Tensor) or not scores.is_floating_point():
         got = scores.dtype if isinstance(scores, Tensor) else type(scores).__name__
@@ -50,13 +51,14 @@ def from_scores(
         raise ValueError(f"either k or threshold must be given, got k={k} and threshold={threshold}")
     scores = scores.detach()
     if k is None:
-        if not isinstance(threshold, (int, float)):
+        if isinstance(threshold, bool) or not isinstance(threshold, (int, float)):
             raise TypeError(f"threshold must be a float, got {type(threshold).__name__}")
+        if math.isnan(threshold):
+            raise ValueError("threshold must not be NaN")
         chosen = scores >= threshold
     else:
         check_length("k", k)
-        best = scores.topk(min(k, scores.size(-1)), dim=-1).indices
-        chosen = torch.zeros_like(scores, dtype=torch.bool).scatter(-1, best, True)
+        chosen = _best(scores, k)
     return BlockMask.from_map(
         chosen & (scores != -math.inf), query_len=query_len, kv_len=kv_len, block_size=block_size, rule=rule
     )
@@ -70,18 +72,23 @@ def topk_blocks(
     Args:
         query: (B, H, Lq, D).
         key: (B, Hkv, Lk, D), with H a multiple of Hkv.
-        causal: with Lq == Lk; only blocks of keys that begin no later than the block of queries ends are
-            chosen, those that overlap it always, and the rule is `Causal()`.
+        k: blocks for each block of queries, or as many as there are.
+        causal: with Lq == Lk; the rule is `Causal()`, and blocks of keys that overlap the block of queries
+            are always chosen, even if they are more than `k`; what is left of `k` goes to the closest of the
+            blocks before them.
 
     Raises:
-        TypeError: an argument is of another type.
-        ValueError: shapes or numbers do not fit.
+        TypeError: an argument is of another type, or dtypes differ.
+        ValueError: shapes or numbers do not fit, or a product is infinite or NaN.
     """
+    _check_bool("causal", causal)
     for name, tensor in (("query", query), ("key", key)):
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             raise TypeError(f"{name} must be a floating-point tensor, got {_kind(tensor)}")
         if tensor.dim() != 4:
             raise ValueError(f"{name} must be (B, H, L, D), got shape {tuple(tensor.shape)}")
+    if key.dtype != query.dtype:
+        raise TypeError(f"key must have the dtype of query, {query.dtype}, got {key.dtype}")
     heads, kv_heads = query.size(1), key.size(1)
     same = (key.size(0), key.size(3)) == (query.size(0), query.size(3))
     if not same or 0 in query.shape[:2] or not kv_heads or heads % kv_heads:
@@ -97,20 +104,34 @@ def topk_blocks(
     query_means = _block_means(query, query_block).unflatten(1, (kv_heads, -1))
     key_means = _block_means(key, kv_block).unsqueeze(2)
     scores = (query_means @ key_means.mT).flatten(1, 2)
-    if causal:
-        begin = torch.arange(scores.size(2), device=scores.device).unsqueeze(1) * query_block
-        column = torch.arange(scores.size(3), device=scores.device) * kv_block
-        after = column >= begin + query_block
-        scores = scores.masked_fill(after, -math.inf)
-        scores = scores.masked_fill(~after & (column + kv_block > begin), math.inf)
-    return from_scores(
-        scores,
-        k=k,
+    if not bool(scores.isfinite().all()):
+        raise ValueError("query and key must be finite, and the products of their blocks' means")
+    chosen = _best_of_the_past(scores, k, query_block, kv_block) if causal else _best(scores, k)
+    return BlockMask.from_map(
+        chosen,
         query_len=query_len,
         kv_len=kv_len,
         block_size=block_size,
         rule=Causal() if causal else None,
     )
+
+
+def _best(scores: Tensor, k: int, places: Tensor | None = None) -> Tensor:
+    """Where the `k` largest of each row are, or of these the first `places`, (rows, 1)."""
+    best = scores.topk(min(k, scores.size(-1)), dim=-1).indices
+    rank = torch.arange(best.size(-1), device=scores.device)
+    taken = (rank < (k if places is None else places)).expand_as(best)
+    return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, best, taken)
+
+
+def _best_of_the_past(scores: Tensor, k: int, query_block: int, kv_block: int) -> Tensor:
+    """Blocks of keys that overlap the block of queries, and before them the best for the rest of `k`."""
+    begin = torch.arange(scores.size(-2), device=scores.device).unsqueeze(1) * query_block
+    column = torch.arange(scores.size(-1), device=scores.device) * kv_block
+    earlier = column + kv_block <= begin
+    overlapping = ~earlier & (column < begin + query_block)
+    best = _best(scores.masked_fill(~earlier, -math.inf), k, k - overlapping.sum(1, keepdim=True))
+    return overlapping | (earlier & best)
 
 
 def _kind(value: Any) -> str:

@@ -9,8 +9,12 @@ from torch import Tensor
 
 from .. import _merge, functional
 from .._block_cover import evaluate
-from .._blocks import Grid, assemble, check_length
+from .._blocks import assemble, check_length, make_grid
+from .._validation import _check_bool
 from ..block_mask import BlockMask
+from ._shapes import check_seed
+
+_MAX_CHUNK = 4096  # tokens, each of which has bits for two chunks
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,10 +51,13 @@ class LSH:
             out (B, H, L, Dv), and lse (B, H, L) with `return_lse`, in the order of the tokens.
 
         Raises:
+            TypeError: `query`, `key` or `value` is not a tensor.
             ValueError: a shape does not fit; and as `attn_ext.block_sparse_attention`.
         """
         batch, heads, hashes, length = self.order.shape
         for name, tensor in (("query", query), ("key", key), ("value", value)):
+            if not isinstance(tensor, Tensor):
+                raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
             if tensor.dim() != 4 or tensor.shape[:3] != (batch, heads, length):
                 raise ValueError(
                     f"{name} must be ({batch}, {heads}, {length}, D), as what was hashed, "
@@ -96,26 +103,35 @@ def lsh(
         n_hashes: rounds, each with an R of its own.
         seed: of the rotations R, which all batch entries and heads share.
         causal: keys at later positions are hidden.
-        chunk: tokens of a chunk, a multiple of 16; twice the mean bucket by default, rounded up to one.
+        chunk: tokens of a chunk, a multiple of 16; twice the mean bucket by default, rounded up to one. No
+            more than there are tokens, and at most 4096: memory is that of its square.
 
     Raises:
         TypeError: an argument is of another type.
-        ValueError: `qk` does not have 4 dimensions, or a number is out of range.
+        ValueError: `qk` does not have 4 dimensions, batch entries and heads, or a number is out of range.
     """
     if not isinstance(qk, Tensor) or not qk.is_floating_point():
         raise TypeError(f"qk must be a floating-point tensor, got {getattr(qk, 'dtype', type(qk).__name__)}")
-    if qk.dim() != 4:
-        raise ValueError(f"qk must be (B, H, L, D), got shape {tuple(qk.shape)}")
+    if qk.dim() != 4 or 0 in qk.shape[:2]:
+        raise ValueError(f"qk must be (B, H, L, D), neither B nor H 0, got shape {tuple(qk.shape)}")
     check_length("n_buckets", n_buckets, least=2)
     check_length("n_hashes", n_hashes, least=1)
     if n_buckets % 2:
         raise ValueError(f"n_buckets must be even, got {n_buckets}")
+    check_seed(seed)
+    _check_bool("causal", causal)
     length = qk.size(2)
     if chunk is None:
         chunk = max(-(-2 * length // (n_buckets * 16)), 1) * 16
     check_length("chunk", chunk, least=16)
     if chunk % 16:
         raise ValueError(f"chunk must be a multiple of 16, got {chunk}")
+    chunk = min(chunk, max(-(-length // 16), 1) * 16)
+    if chunk > _MAX_CHUNK:
+        raise ValueError(
+            f"chunk must be at most {_MAX_CHUNK} tokens, got {chunk} for {length} tokens in {n_buckets} "
+            "buckets: give more buckets, or a smaller chunk"
+        )
 
     buckets = _hash(qk, n_buckets, n_hashes, seed)
     order = buckets.sort(dim=-1, stable=True).indices
@@ -141,7 +157,7 @@ def _take(tensor: Tensor, order: Tensor) -> Tensor:
 def _chunk_mask(position: Tensor, chunk: int, causal: bool) -> BlockMask:
     """Of tokens at positions (B * n_hashes, H, L) in sorted order."""
     batch, heads, length = position.shape
-    grid = Grid(length, length, chunk, chunk)
+    grid = make_grid(length, length, chunk)
     row = torch.arange(grid.query_blocks, device=position.device).unsqueeze(1)
     seen = row + torch.tensor([-1, 0], device=position.device)
     keys = (row * grid.kv_blocks + seen)[seen >= 0]

@@ -89,6 +89,7 @@ def as_indices(name: str, indices: Any) -> Tensor:
 
     Raises:
         TypeError: it is neither.
+        ValueError: a number does not fit in 64 bits.
     """
     if isinstance(indices, Tensor):
         if indices.dim() != 1 or indices.is_floating_point() or indices.dtype == torch.bool:
@@ -101,4 +102,13 @@ def as_indices(name: str, indices: Any) -> Tensor:
         isinstance(index, int) and not isinstance(index, bool) for index in indices
     ):
         raise TypeError(f"{name} must be a sequence of int or a 1-D integer tensor, got {indices!r}")
+    if any(not -(2**63) <= index < 2**63 for index in indices):
+        raise ValueError(f"{name} must fit in 64 bits, got {indices!r}")
     return torch.tensor(indices, dtype=torch.int64)
+
+
+def check_seed(seed: Any) -> None:
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed must be an int, got {type(seed).__name__}")
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed must fit in 64 bits, got {seed}")

@@ -20,6 +20,7 @@ def strided(seq_len: int, stride: int, *, block_size: BlockSize = 64, kv_len: in
     """
     grid = token_grid(seq_len, kv_len, block_size)
     check_length("stride", stride, least=1)
+    stride = min(stride, max(grid.query_len, 1))  # from where on every key of the past is seen
     return diagonals(
         grid, lambda distance: (distance >= -stride) | (distance % stride == 0), -grid.query_len, 0
     )
@@ -43,6 +44,8 @@ def fixed(
     check_length("c", c, least=1)
     if c > stride:
         raise ValueError(f"c must be at most stride, {stride}, got {c}")
+    stride = min(stride, max(grid.query_len, grid.kv_len, 1))  # from where on there is one segment
+    c = min(c, stride)
     query, key = torch.arange(grid.query_len), torch.arange(grid.kv_len)
     segments = Segments(query // stride, key // stride) & Causal()
 

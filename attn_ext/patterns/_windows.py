@@ -44,6 +44,7 @@ def dilated(
     grid = token_grid(seq_len, kv_len, block_size)
     check_length("window", window)
     check_length("dilation", dilation, least=1)
+    dilation = min(dilation, max(grid.query_len, grid.kv_len, 1))  # of which no multiple but 0 is in reach
     reach = window * dilation
     return diagonals(grid, lambda distance: distance % dilation == 0, -reach, reach)
 
@@ -101,6 +102,7 @@ def longformer(
     check_length("window", window)
     tokens = as_indices("global_tokens", global_tokens)
     length = max(grid.query_len, grid.kv_len)
+    window = min(window, length)
     if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < length:
         raise ValueError(f"global_tokens must be from 0 to {length - 1}, got {tokens.tolist()}")
     everywhere = torch.zeros(length, dtype=torch.bool)

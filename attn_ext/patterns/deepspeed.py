@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from .._blocks import check_length, count_up, full_blocks, make_grid
+from .._validation import _check_bool
 from ..block_mask import BlockMask
-from ._shapes import as_indices
+from ._shapes import as_indices, check_seed
 
 __all__ = ["bigbird", "bslongformer", "fixed", "local_sliding_window", "variable"]
 
@@ -35,9 +36,10 @@ def fixed(
     """`FixedSparsityConfig`: windows side by side, and blocks in each that all, or all later, blocks see.
 
     Raises:
-        TypeError: a number is not an int.
+        TypeError: a number is not an int, or a flag not a bool.
         ValueError: `seq_len` is no multiple of `block`, or parameters do not fit each other.
     """
+    _check_bool("different_layout_per_head", different_layout_per_head)
     count = _num_blocks(seq_len, num_heads, block)
     one_way = _is_unidirectional(attention, horizontal_global_attention)
     check_length("num_local_blocks", num_local_blocks, least=1)
@@ -93,9 +95,10 @@ def variable(
     """`VariableSparsityConfig`: windows of given sizes, given global blocks and random ones.
 
     Raises:
-        TypeError: a number is not an int.
+        TypeError: a number is not an int, or a flag not a bool.
         ValueError: `seq_len` is no multiple of `block`, or parameters do not fit each other.
     """
+    _check_bool("different_layout_per_head", different_layout_per_head)
     count = _num_blocks(seq_len, num_heads, block)
     one_way = _is_unidirectional(attention, horizontal_global_attention)
     windows = as_indices("local_window_blocks", local_window_blocks)
@@ -113,6 +116,7 @@ def variable(
     shared = [local, _columns(columns, starts if one_way else torch.zeros_like(starts), count)]
     if horizontal_global_attention:
         shared.append(_rows(columns, count))
+    check_seed(seed)
     generator = random.Random(seed)
     heads = num_heads if different_layout_per_head else 1
     layouts = [
@@ -136,9 +140,10 @@ def bigbird(
     """`BigBirdSparsityConfig`: a window, the first blocks as global ones, and random ones.
 
     Raises:
-        TypeError: a number is not an int.
+        TypeError: a number is not an int, or a flag not a bool.
         ValueError: `seq_len` is no multiple of `block`, or has not enough blocks.
     """
+    _check_bool("different_layout_per_head", different_layout_per_head)
     count = _num_blocks(seq_len, num_heads, block)
     one_way = _is_unidirectional(attention)
     check_length("num_global_blocks", num_global_blocks)
@@ -149,6 +154,7 @@ def bigbird(
         _columns(columns, torch.zeros_like(columns), count),
         _rows(columns, count),
     ]
+    check_seed(seed)
     generator = random.Random(seed)
     heads = num_heads if different_layout_per_head else 1
     layouts = [
@@ -172,9 +178,10 @@ def bslongformer(
     """`BSLongformerSparsityConfig`: a window, and given global blocks; the same for all heads.
 
     Raises:
-        TypeError: a number is not an int.
+        TypeError: a number is not an int, or a flag not a bool.
         ValueError: `seq_len` is no multiple of `block`, or has not enough blocks.
     """
+    _check_bool("different_layout_per_head", different_layout_per_head)
     count = _num_blocks(seq_len, num_heads, block)
     one_way = _is_unidirectional(attention)
     starts, columns = _global_blocks(global_block_indices, global_block_end_indices, count)
@@ -199,7 +206,7 @@ def local_sliding_window(
     """`LocalSlidingWindowSparsityConfig`: a window, the same for all heads.
 
     Raises:
-        TypeError: a number is not an int.
+        TypeError: a number is not an int, or a flag not a bool.
         ValueError: `seq_len` is no multiple of `block`, or has not enough blocks.
     """
     count = _num_blocks(seq_len, num_heads, block)
@@ -210,6 +217,7 @@ def local_sliding_window(
 def _num_blocks(seq_len: int, num_heads: int, block: int) -> int:
     check_length("seq_len", seq_len)
     check_length("num_heads", num_heads, least=1)
+    check_length("block", block, least=1)
     grid = make_grid(seq_len, seq_len, block)
     if seq_len % block:
         raise ValueError(f"seq_len must be a multiple of block, {block}, got {seq_len}")
@@ -217,6 +225,7 @@ def _num_blocks(seq_len: int, num_heads: int, block: int) -> int:
 
 
 def _is_unidirectional(attention: str, horizontal_global_attention: bool = False) -> bool:
+    _check_bool("horizontal_global_attention", horizontal_global_attention)
     if attention not in ("unidirectional", "bidirectional"):
         raise ValueError(f"attention must be 'unidirectional' or 'bidirectional', got {attention!r}")
     if attention == "unidirectional" and horizontal_global_attention:

@@ -2,6 +2,7 @@
 //
 // Lengths and page numbers come from users and change between calls: they are copied as they are checked, before
 // anything is read or written through them, so that nothing that happens to the tensors later can matter.
+#include <algorithm>
 #include <vector>
 
 #include "bindings/arguments.h"
@@ -35,6 +36,69 @@ CacheFormat cache_format(const Tensor& cache, DType dtype) {
   STD_TORCH_CHECK(dtype != DType::float64 && (code == aoti_torch_dtype_int8() || code == aoti_torch_dtype_float8_e4m3fn()),
                   "key_cache must have the dtype of query, or be int8 or float8_e4m3fn if query is not float64");
   return code == aoti_torch_dtype_int8() ? CacheFormat::int8 : CacheFormat::float8_e4m3;
+}
+
+// The offsets that numbers have in memory: sums of x * stride, first <= x <= last, over dimensions whose strides fall.
+struct Dimension {
+  int64_t stride, first, last;
+};
+using Lattice = std::vector<Dimension>;
+
+Lattice lattice(const Tensor& tensor) {
+  Lattice result;
+  for (int d = 0; d < tensor.dim(); ++d)
+    if (tensor.size(d) > 1) result.push_back({tensor.stride(d), 0, tensor.size(d) - 1});
+  std::sort(result.begin(), result.end(), [](const Dimension& a, const Dimension& b) { return a.stride > b.stride; });
+  return result;
+}
+
+bool is_empty(const Tensor& tensor) {
+  for (int d = 0; d < tensor.dim(); ++d)
+    if (tensor.size(d) == 0) return true;
+  return false;
+}
+
+// Whether steps along a dimension pass all that the smaller ones reach, as in every view of a plain tensor.
+bool is_nested(const Lattice& dimensions) {
+  int64_t reach = 0;
+  for (auto d = dimensions.rbegin(); d != dimensions.rend(); ++d) {
+    if (d->stride <= reach) return false;
+    reach += d->last * d->stride;
+  }
+  return true;
+}
+
+// Whether the dimensions from `at` on make `offset`.
+bool has_offset(const Lattice& dimensions, size_t at, int64_t offset) {
+  if (at == dimensions.size()) return offset == 0;
+  int64_t lowest = 0, highest = 0;  // of what the smaller ones make
+  for (size_t i = at + 1; i < dimensions.size(); ++i) {
+    lowest += dimensions[i].first * dimensions[i].stride;
+    highest += dimensions[i].last * dimensions[i].stride;
+  }
+  const auto& [stride, first, last] = dimensions[at];
+  const auto floor_div = [](int64_t a, int64_t b) { return a / b - (a % b < 0); };
+  const int64_t end = std::min(last, floor_div(offset - lowest, stride));
+  for (int64_t x = std::max(first, -floor_div(highest - offset, stride)); x <= end; ++x)
+    if (has_offset(dimensions, at + 1, offset - x * stride)) return true;
+  return false;
+}
+
+// Of nested ones of a dtype: few x are left to try in each dimension.
+bool overlap(const Tensor& a, const Tensor& b) {
+  Lattice difference = lattice(a);
+  for (Dimension& d : difference) {
+    d.first = -d.last;
+    d.last = 0;
+  }
+  for (const Dimension& d : lattice(b)) {
+    const auto is_reached = [&](const Dimension& other) { return other.stride <= d.stride; };
+    const auto at = std::find_if(difference.begin(), difference.end(), is_reached);
+    if (at != difference.end() && at->stride == d.stride) at->last = d.last;
+    else difference.insert(at, d);
+  }
+  const auto item_size = static_cast<int64_t>(aoti_torch_dtype_element_size(a.dtype_code()));
+  return has_offset(difference, 0, (static_cast<char*>(a.data()) - static_cast<char*>(b.data())) / item_size);
 }
 
 struct DecodeInputs {
@@ -121,6 +185,13 @@ struct DecodeInputs {
     };
     p.new_key = checked(new_key, "new_key", p.shape.head_dim);
     p.new_value = checked(new_value, "new_value", p.shape.value_dim);
+    if (p.shape.kv_len > 0) check_writable();
+  }
+  void check_writable() {
+    if (is_empty(key_cache) || is_empty(value_cache)) return;
+    STD_TORCH_CHECK(is_nested(lattice(key_cache)), "key_cache must not overlap itself");
+    STD_TORCH_CHECK(is_nested(lattice(value_cache)), "value_cache must not overlap itself");
+    STD_TORCH_CHECK(!overlap(key_cache, value_cache), "key_cache and value_cache must not overlap");
   }
   void check_rotary(DecodeParams& p) {
     STD_TORCH_CHECK(static_cast<bool>(rotary_cos) == static_cast<bool>(rotary_sin), "rotary_cos and rotary_sin go together");
@@ -175,6 +246,17 @@ struct DecodeInputs {
     }
     p.lengths = lengths.data();
     if (block_table) check_pages(p);
+    if (p.format != CacheFormat::plain && p.shape.kv_len > 0) check_scales(p);
+  }
+  // What is appended is divided by them.
+  void check_scales(const DecodeParams& p) {
+    for (int64_t b = 0; b < p.shape.batch; ++b)
+      for (int64_t i = p.lengths[b] / p.page_size; i <= (p.total(b) - 1) / p.page_size; ++i) {
+        const int64_t page = p.pages ? p.pages[b * p.pages_per_sequence + i] : b;
+        for (int64_t at = page * p.shape.kv_heads; at < (page + 1) * p.shape.kv_heads; ++at)
+          STD_TORCH_CHECK(p.key_cache.scale[at] != 0 && p.value_cache.scale[at] != 0,
+                          "key_scale and value_scale must not be 0 where new_key and new_value are written");
+      }
   }
   // Of the pages that will be read or written; others may hold anything.
   void check_pages(DecodeParams& p) {

@@ -139,7 +139,6 @@ struct BackwardParams : AttentionParams {
 
 // What the numbers of a cache are: those of the query's dtype, or 8-bit codes, each page and head with a scale of its own.
 enum class CacheFormat : int32_t { plain, int8, float8_e4m3 };
-constexpr int kCacheFormats = 3;
 
 // Keys or values of all sequences: (pages, kv_heads, page_size, columns), stride_column 1.
 struct CacheView : TensorView {
@@ -161,7 +160,7 @@ struct DecodeParams {
   const int64_t* pages = nullptr;    // [batch][pages_per_sequence], read where first_key() to total are
   int64_t pages_per_sequence = 0;
   int64_t window_left = std::numeric_limits<int64_t>::max();
-  int64_t splits = 0;  // into how many ranges the keys of a sequence are cut; 0: the kernel decides, from each length alone
+  int64_t splits = 0;  // ranges of keys of a sequence, at most; 0: the kernel decides, from each length alone
 
   ConstTensorView query, new_key, new_value;  // stride_column is 1
   TensorView out;                             // stride_column is 1

@@ -79,6 +79,11 @@ struct Chunks {
   }
 };
 
+// Whether there are instances for each number of rows and columns.  Where speed is not the point, a few must do: they
+// take a second of compilation each.
+template <class Acc, class C>
+constexpr bool kManyInstances = sizeof(Acc) == 4 && sizeof(C) > 1 && (kVectorRegisters == 32 || kLanes<Acc> > 4);
+
 // The two products, for rows of C.
 template <class Acc, class C>
 struct DecodeProducts {
@@ -154,7 +159,7 @@ struct DecodeProducts {
       }
     };
     add(Int<kMost>{});
-    if constexpr (kMost > 2) add(Int<kMost / 2>{});
+    if constexpr (kMost > 2 && kManyInstances<Acc, C>) add(Int<kMost / 2>{});
     if constexpr (kMost > 1) add(Int<1>{});
   }
 };
@@ -202,7 +207,7 @@ class Decode {
   const Operand key{p.key_cache, shape.head_dim}, value{p.value_cache, shape.value_dim};
   // Row r of a kv head is query r / group of head r % group: neighbours see the same keys.
   const int64_t group = shape.group(), rows = group * shape.query_len;
-  const int64_t padded_rows = rows == 1 ? 1 : round_up(rows, kRows);
+  const int64_t padded_rows = rows == 1 && kManyInstances<Acc, C> ? 1 : round_up(rows, kRows);
   const int64_t q_row = key.packed_columns(), o_row = value.packed_columns();
   // How far ahead of its use a row is fetched: what arrives while memory answers once.
   const int64_t row_bytes = max_i64(shape.head_dim, shape.value_dim) * static_cast<int64_t>(sizeof(C));
@@ -240,7 +245,7 @@ class Decode {
   // ---------------------------------------------------------------- ranges of keys
   KeyInterval keys_of(int64_t b) const { return {p.first_key(b), p.total(b)}; }
   int64_t keys_per_split(KeyInterval keys) const {
-    return p.splits ? max_i64(1, div_up(keys.hi - keys.lo, p.splits)) : kKeysPerSplit;
+    return p.splits ? max_i64(kKeyQuantum, div_up(keys.hi - keys.lo, p.splits)) : kKeysPerSplit;
   }
   int64_t splits_of(int64_t b) const {
     const KeyInterval keys = keys_of(b);
@@ -425,8 +430,8 @@ class Decode {
     for_runs(b, position, 1, [&](int64_t page, int64_t at, int, int) {
       C* const out = row_pointer<C>(view, page, kv_head, at);
       if constexpr (sizeof(C) == 1) {
-        const Acc scale = view.scale[page * shape.kv_heads + kv_head], inverse = scale != 0 ? 1 / scale : 0;
-        for (int64_t d = 0; d < columns; d++) out[d] = from_float<C>(row[d] * inverse);
+        const Acc scale = view.scale[page * shape.kv_heads + kv_head];  // not 0; its inverse may be infinite
+        for (int64_t d = 0; d < columns; d++) out[d] = from_float<C>(row[d] / scale);
       } else {
         store_row(out, row, columns);
       }
@@ -538,8 +543,10 @@ class Decode {
       const int64_t step = keys_per_split(all), within = unit - shared.first_unit[b], kv_head = within % shape.kv_heads;
       const int64_t begin = all.lo + within / shape.kv_heads * step;
       const KeyInterval range{begin, min_i64(all.hi, begin + step)};
-      if (rows == 1) attend_range<1>(c, shared, unit, b, kv_head, range);
-      else attend_range<kRows>(c, shared, unit, b, kv_head, range);
+      if constexpr (kManyInstances<Acc, C>) {
+        if (rows == 1) return attend_range<1>(c, shared, unit, b, kv_head, range);
+      }
+      attend_range<kRows>(c, shared, unit, b, kv_head, range);
     });
     parallel_tasks(executor, preparing, heads, [&](int thread, int64_t head) {
       Scratch c = scratch_of(thread);

@@ -355,7 +355,7 @@ class FlashBackward {
     b.rows = last - first;
     return b;
   }
-  void meet_rows(Scratch& c, const KeyBlock& b, QueryPanel* query, int count) const {
+  __attribute__((noinline)) void meet_rows(Scratch& c, const KeyBlock& b, QueryPanel* query, int count) const {
     int begin = b.rows, end = 0;
     bool is_finite = b.is_finite;
     for (int i = 0; i < count; i++) {

@@ -112,7 +112,7 @@ class FlashForward {
     else attend_stretch(0, tile_rows, false);
   }
   template <int N>
-  void attend(Scratch& c, int g, const KeyTile<Word>& tile) const {
+  __attribute__((noinline)) void attend(Scratch& c, int g, const KeyTile<Word>& tile) const {
     attend<N>(
         c, g, tile.begin, tile.rows,
         [&](int begin, int end) { score_rows<N>(c.s + begin * L, tile.k + begin * tile.k_row, tile.k_row, c.qt[g], end - begin); },
@@ -497,8 +497,9 @@ class FlashForward {
     // Packing a whole head pays once a few tiles of queries share it.
     const bool contiguous = p.key.stride_row == shape.head_dim && p.value.stride_row == shape.value_dim;
     const bool packs_heads = tiles_per_head >= 3 && !(tiles.natural && contiguous);
-    // With heads enough for every thread a head is packed by the thread that uses it, and is still in its cache.
-    const bool head_per_task = packs_heads && (threads == 1 || heads >= 4 * threads);
+    // With heads enough for every thread a head is packed by the thread that uses it, and is still in its cache; nor is
+    // there memory for all heads to be touched.
+    const bool head_per_task = packs_heads && (heads % threads == 0 || heads >= 4 * threads);
     // Under a causal mask the last tiles of queries are the longest; where blocks are listed, any may be.
     const bool orders_tasks = p.mask.blocks.offsets && threads > 1;
 
