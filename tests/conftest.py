@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import pytest
@@ -14,7 +13,7 @@ from attn_ext import testing
 QUICK_SHARE = 6
 
 # Inductor does not ask whether the operators that its cached graphs call still have the same arguments.
-os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
+torch.compiler.config.force_disable_caches = True
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

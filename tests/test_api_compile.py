@@ -100,7 +100,7 @@ OPTIONS = {
         "query_segments": torch.tensor([[0, 0, 1, 1, 2]], dtype=torch.int32),
         "kv_segments": torch.tensor([[0, 0, 1, 1, 1, 2, 2]], dtype=torch.int32),
     },
-    "alibi": {"alibi_slopes": torch.rand(2, 4)},
+    "alibi": {"alibi_slopes": torch.rand(2, 4, 1)},
     "softcap": {"softcap": 1.5},
     "dropout": {"dropout_p": 0.4, "dropout_seed": torch.tensor(3)},
 }

@@ -341,7 +341,7 @@ class Decode {
     const int64_t head = kv_head * group + row % group;
     const double slope = p.score.alibi_slopes[b * p.score.alibi_stride_batch + head];
     const V factor = splat(static_cast<Acc>(-slope * kLog2E));
-    V distance;
+    V distance{};
     for (int lane = 0; lane < W; lane++) distance[lane] = static_cast<Acc>(p.position(b, row / group) - begin - lane);
     for (int n = 0; n < count; n += W, distance -= static_cast<Acc>(W)) {
       store(s + n, fma(max(distance, -distance), factor, load(s + n)));
