@@ -10,7 +10,6 @@ from torch.compiler import is_compiling
 
 from . import _ops, _validation, functional
 from ._merge import merge
-from .masks import FLOAT_DTYPES
 
 __all__ = ["attention_decode"]
 
@@ -142,11 +141,9 @@ def _attend(
         (right is not None and (right < 0 or not isinstance(right, (int, torch.SymInt))))
         or bool in (type(left), type(right), type(softcap), type(num_splits))
         or not isinstance(rotary_interleaved, bool)
-        or isinstance(softcap, Tensor)
-        or (alibi_slopes is not None and alibi_slopes.dtype not in FLOAT_DTYPES)
-        or (sinks is not None and sinks.dtype not in FLOAT_DTYPES)
     ):
         raise ValueError("what the operator would not refuse, or not get to see")  # explained by the caller
+    functional._refuse_what_operators_take(None, softcap, alibi_slopes, sinks, 0.0)
     left = None if left is None else min(left, _MOST)
     num_splits = None if num_splits is None else min(num_splits, _MOST)
     prefix = None

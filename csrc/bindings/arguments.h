@@ -68,4 +68,19 @@ inline void check_rows(const Tensor& tensor, const char* name, int64_t batch, in
                   batch, " or 1, ", length, "), got ", shape_string(tensor));
 }
 
+// In double, which `sinks` owns from then on.
+inline const double* checked_sinks(Tensor& sinks, const AttentionShape& shape) {
+  check_cpu(sinks, "sinks");
+  check_shape(sinks, "sinks", {shape.heads});
+  sinks = contiguous(converted(std::move(sinks), DType::float64));
+  return static_cast<const double*>(sinks.data());
+}
+
+inline double checked_softcap(double softcap) {
+  STD_TORCH_CHECK(0 <= softcap && softcap <= std::numeric_limits<double>::max(),
+                  "softcap must be finite and not negative, got ", softcap);
+  // As good as none, or all there is; and finite in every precision, as is its inverse.
+  return softcap > 0 ? std::min(std::max(softcap, 0x1p-100), 0x1p100) : 0;
+}
+
 }  // namespace attn_ext::bindings

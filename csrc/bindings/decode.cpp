@@ -114,16 +114,13 @@ struct DecodeInputs {
     key_scale = arguments.optional_tensor(), value_scale = arguments.optional_tensor();
     alibi_slopes = arguments.optional_tensor(), sinks = arguments.optional_tensor();
     p.score.scale = arguments.number();
-    p.score.softcap = arguments.number();
+    p.score.softcap = checked_softcap(arguments.number());
     p.rotary.interleaved = arguments.flag();
     const auto window_left = arguments.optional_int(), splits = arguments.optional_int();
     STD_TORCH_CHECK(window_left.value_or(0) >= 0, "window_left must not be negative, got ", window_left.value_or(0));
     STD_TORCH_CHECK(splits.value_or(1) > 0, "num_splits must be positive, got ", splits.value_or(1));
     p.window_left = window_left.value_or(p.window_left);
     p.splits = std::min<int64_t>(splits.value_or(0), 1 << 30);
-    STD_TORCH_CHECK(0 <= p.score.softcap && p.score.softcap <= std::numeric_limits<double>::max(),
-                    "softcap must be finite and not negative, got ", p.score.softcap);
-    if (p.score.softcap > 0) p.score.softcap = std::min(std::max(p.score.softcap, 0x1p-100), 0x1p100);
   }
 
   void check(DecodeParams& p) {
@@ -219,12 +216,7 @@ struct DecodeInputs {
       p.score.alibi_slopes = static_cast<const double*>(alibi_slopes.data());
       p.score.alibi_stride_batch = alibi_slopes.size(0) == 1 ? 0 : p.shape.heads;
     }
-    if (sinks) {
-      check_cpu(sinks, "sinks");
-      check_shape(sinks, "sinks", {p.shape.heads});
-      sinks = contiguous(converted(std::move(sinks), DType::float64));
-      p.score.sinks = static_cast<const double*>(sinks.data());
-    }
+    if (sinks) p.score.sinks = checked_sinks(sinks, p.shape);
   }
 
   void check_lengths(DecodeParams& p) {

@@ -173,12 +173,7 @@ struct Inputs {
     }
     p.mask.blocks = blocks.check(shape);
     if (alibi_slopes) check_alibi(p);
-    if (sinks) {
-      check_cpu(sinks, "sinks");
-      check_shape(sinks, "sinks", {shape.heads});
-      sinks = contiguous(converted(std::move(sinks), DType::float64));
-      p.score.sinks = static_cast<const double*>(sinks.data());
-    }
+    if (sinks) p.score.sinks = checked_sinks(sinks, shape);
   }
   void check_alibi(AttentionParams& p) {
     const AttentionShape& shape = p.shape;
@@ -202,15 +197,11 @@ struct Inputs {
   }
   void set_numbers(Arguments& arguments, AttentionParams& p) {
     p.score.scale = arguments.number();
-    p.score.softcap = arguments.number();
+    p.score.softcap = checked_softcap(arguments.number());
     const double dropout_p = arguments.number();
     const auto band_lower = arguments.optional_int(), band_upper = arguments.optional_int();
     p.mask.band_lower = band_lower.value_or(MaskParams::no_lower);
     p.mask.band_upper = band_upper.value_or(MaskParams::no_upper);
-    STD_TORCH_CHECK(0 <= p.score.softcap && p.score.softcap <= std::numeric_limits<double>::max(),
-                    "softcap must be finite and not negative, got ", p.score.softcap);
-    // As good as none, or all there is; and finite in every precision, as is its inverse.
-    if (p.score.softcap > 0) p.score.softcap = std::min(std::max(p.score.softcap, 0x1p-100), 0x1p100);
     if (dropout_p != 0) p.dropout = checked_dropout(dropout_p, dropout_seed);
   }
   static DropoutParams checked_dropout(double p, const Tensor& seed) {

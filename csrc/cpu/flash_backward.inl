@@ -532,7 +532,7 @@ class FlashBackward {
         QueryPanel& q = c.query[i];
         q.mask->set_rows(p.mask, shape, work, batch, kv_head, segment, first, count);
         if (c.grad_bias) bias_gradient.set_rows(q.bias_row, *q.mask);
-        if (dq_partial && q.mask->next(range.begin) >= range.end) continue;
+        if (dq_partial && !q.mask->sees(range.begin, range.end)) continue;
         pack_panel(c, q, batch, kv_head, segment, first, count);
       }
       const auto panels_of = [&](int64_t tile) { return static_cast<int>(min_i64(tile_panels, panels - tile * tile_panels)); };
@@ -554,7 +554,7 @@ class FlashBackward {
         if (segment == work.segments - 1) store_block(b, batch, kv_head);
       }
       for (int64_t i = 0; i < panels; i++) {
-        if (dq_partial && c.query[i].mask->next(range.begin) >= range.end) continue;
+        if (dq_partial && !c.query[i].mask->sees(range.begin, range.end)) continue;
         const int64_t first = i * L, count = min_i64(L, work.rows - first);
         WorkRow row = work.at(kv_head, segment, first);
         for (int64_t m = 0; m < count; m++, work.advance(row)) {
@@ -585,7 +585,7 @@ class FlashBackward {
         Acc sum[L] = {};
         const int64_t n = min_i64(L, shape.head_dim - d);
         for (int64_t r = 0; r < count; r++) {
-          if (mask.next(ranges[r].begin) >= ranges[r].end) continue;
+          if (!mask.sees(ranges[r].begin, ranges[r].end)) continue;
           for (int64_t i = 0; i < n; i++) sum[i] += row[r * size + d + i];
         }
         store_row(out + d, sum, n, static_cast<Acc>(p.score.scale));

@@ -62,6 +62,8 @@ struct LaneMask {
     }
   }
 
+  bool sees(int64_t begin, int64_t end) const { return next(begin) < end; }
+
   // Of the `count` keys from `tile` on.  begin and end are multiples of the quanta, but for the last key.
   TileRows rows_in(int64_t tile, int count, int begin_quantum, int end_quantum) const {
     TileRows t;
