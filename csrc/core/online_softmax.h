@@ -88,4 +88,13 @@ struct RowStatistics {
   }
 };
 
+// A value that is added to scores, in units of log2.  Finite values stay finite: a row masked by the lowest finite number is
+// still a row (all its keys weigh the same), only -inf removes a key.
+template <class Scalar, class T>
+ATTN_HD Scalar bias_in_log2(T value) {
+  constexpr T limit = RowStatistics<Scalar>::largest(), infinity = std::numeric_limits<T>::infinity();
+  if (value != infinity && value != -infinity) value = value > limit ? limit : value < -limit ? -limit : value;
+  return RowStatistics<Scalar>::to_log2(static_cast<Scalar>(value));
+}
+
 }  // namespace attn_ext

@@ -26,7 +26,7 @@ struct AttentionShape {
   int64_t query_len = 0, kv_len = 0;
   int64_t head_dim = 0, value_dim = 0;  // columns of query and key; columns of value and out
 
-  int64_t group() const { return kv_heads > 0 ? heads / kv_heads : 0; }
+  ATTN_HD int64_t group() const { return kv_heads > 0 ? heads / kv_heads : 0; }
 };
 
 constexpr int kMaxKeyRanges = 4;
@@ -65,6 +65,7 @@ struct MaskParams {
     const int32_t* tiles = nullptr;  // of each block in the lists: -1: it is full; else which of `bits` it has
     const uint8_t* bits = nullptr;   // (tiles, kv_block, query_block / 8): bit q % 8 of byte q / 8 is query q
     int query_block = 16, kv_block = 16;  // multiples of 16
+    int64_t entries = 0, bit_tiles = 0;   // how many of `indices` and of tiles in `bits` there are
 
     ATTN_HD const int64_t* row(int64_t batch, int64_t head, int64_t query) const {
       return offsets + batch * stride_batch + head * stride_head + query / query_block;
@@ -94,6 +95,7 @@ struct DropoutParams {
   uint64_t seed = 0;
   int32_t threshold = kOne;  // a weight stays if its 16 random bits are below; kOne: no dropout
   double inverse_keep = 1;   // what the weights that stay are multiplied by: kOne / threshold, 0 if none stays
+  const int64_t* seed_data = nullptr;  // where the seed is, if that is not `seed`: in memory the host cannot read
 
   // p is rounded to a multiple of 2^-16.
   ATTN_HD static DropoutParams of(double p, uint64_t seed) {
@@ -104,6 +106,7 @@ struct DropoutParams {
     return params;
   }
   ATTN_HD bool enabled() const { return threshold < kOne; }
+  ATTN_HD uint64_t key() const { return seed_data ? static_cast<uint64_t>(*seed_data) : seed; }
 };
 
 struct AttentionParams {

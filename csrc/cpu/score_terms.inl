@@ -4,14 +4,7 @@
 namespace attn_ext::cpu {
 namespace {
 
-// Additive values in units of log2.  Finite values stay finite: a row masked by the lowest finite number is still a row
-// (all its keys weigh the same), only -inf removes a key.
-template <class Acc>
-INLINE Acc bias_in_log2(double value) {
-  constexpr double limit = RowStatistics<Acc>::largest();
-  if (std::fabs(value) <= std::numeric_limits<double>::max()) value = value > limit ? limit : value < -limit ? -limit : value;
-  return RowStatistics<Acc>::to_log2(static_cast<Acc>(value));
-}
+// See bias_in_log2 of core/online_softmax.h.
 template <class Acc>
 INLINE Vec<Acc> bias_in_log2(Vec<Acc> value) {
   const Vec<Acc> limit = splat(RowStatistics<Acc>::largest());

@@ -1,0 +1,138 @@
+// Flash attention, forward (Dao 2023, "FlashAttention-2", algorithm 1).
+//
+// A block owns M queries of one head and walks over the tiles of N keys and values that they see, last one first: tiles that
+// a mask or the end of the sequence cuts come first where it is causal, whole ones follow in a loop without checks.
+#pragma once
+#include "cuda/fma.cuh"
+#include "cuda/key_visitor.cuh"
+#include "cuda/mma.cuh"
+#include "cuda/scores.cuh"
+#include "cuda/softmax.cuh"
+#include "cuda/value_guard.cuh"
+
+namespace attn_ext::cuda {
+
+// Modified: scores are more than scale * q.k, scale > 0, or weights are dropped.
+template <class T_, int KeyColumns, int ValueColumns, int M_, int N_, int Warps, bool QueryInRegisters, bool Modified>
+struct ForwardTraits {
+  using T = T_;
+  static constexpr int M = M_, N = N_, kThreads = Warps * 32, MI = M / (16 * Warps), NJ = N / 8, DJ = ValueColumns / 8;
+  static constexpr bool kQueryInRegisters = QueryInRegisters, kModified = Modified;
+  using Query = Tile<T, M, KeyColumns>;
+  using Key = Tile<T, N, KeyColumns>;
+  using Value = Tile<T, N, ValueColumns>;
+  using Out = Tile<T, M, ValueColumns>;  // in place of Query
+  // Where tiles lie in shared memory.
+  static constexpr uint32_t kQueryTile = 0, kKeyTile = Query::kBytes > Out::kBytes ? Query::kBytes : Out::kBytes;
+  static constexpr uint32_t kValueTile = kKeyTile + Key::kBytes, kSharedBytes = kValueTile + Value::kBytes;
+  using Products = std::conditional_t<std::is_same_v<T, float>, FmaProducts<ForwardTraits>, MmaProducts<ForwardTraits>>;
+};
+
+template <class F>
+__global__ void __launch_bounds__(F::kThreads) flash_forward(const __grid_constant__ ForwardParams p) {
+  using T = typename F::T;
+  constexpr int M = F::M, N = F::N, MI = F::MI, kThreads = F::kThreads;
+  DYN_SMEM(shared);
+  const uint32_t shared0 = shared_address(shared);
+  const AttentionShape& shape = p.shape;
+
+  // Under a causal mask the last queries have the most to do: they start first.
+  const int query_tiles = static_cast<int>((shape.query_len + M - 1) / M), heads = static_cast<int>(shape.heads);
+  const int tile = query_tiles - 1 - blockIdx.x % query_tiles, head = blockIdx.x / query_tiles % heads;
+  const int batch = blockIdx.x / query_tiles / heads, kv_head = head / (heads / static_cast<int>(shape.kv_heads));
+  const int row0 = threadIdx.x / 32 * 16 * MI, query0 = tile * M;
+
+  const TileCopy<typename F::Query, kThreads> query_copy(shape.head_dim);
+  const TileCopy<typename F::Key, kThreads> key_copy(shape.head_dim);
+  const TileCopy<typename F::Value, kThreads> value_copy(key_copy, shape.value_dim);
+  const Rows queries = query_copy.rows(head_of<T>(p.query, batch, head), p.query.stride_row, shape.query_len);
+  const Rows keys = key_copy.rows(head_of<T>(p.key, batch, kv_head), p.key.stride_row, shape.kv_len);
+  const Rows values = value_copy.rows(head_of<T>(p.value, batch, kv_head), p.value.stride_row, shape.kv_len);
+  query_copy.clear_columns(shared + F::kQueryTile);
+  key_copy.clear_columns(shared + F::kKeyTile);
+  value_copy.clear_columns(shared + F::kValueTile);
+
+  query_copy.clipped(shared0 + F::kQueryTile, queries, tile);
+  KeyVisitor<M, N> visitor(p, batch, head, query0);
+  TileRun run = visitor.next();
+  if (!run.empty()) key_copy.clipped(shared0 + F::kKeyTile, keys, run.last);
+  cp_async_commit();
+
+  typename F::Products products(shared, row0);
+  cp_async_wait<0>();
+  __syncthreads();
+  products.fetch_query();
+
+  TileSoftmax<T, MI> softmax;
+  if (p.score.sinks) softmax.sink(static_cast<float>(p.score.sinks[head] * kLog2E));
+  const ScoreTerms<MI> terms(p, batch, head, query0 + row0);
+  const float scale_log2 = F::kModified ? 1.f : static_cast<float>(p.score.scale * kLog2E);
+  [[maybe_unused]] const uint64_t seed = F::kModified ? p.dropout.key() : 0;
+  Accumulators<MI, F::DJ> o;
+  clear(o);
+
+  const auto visit = [&](int n, int after, auto partial) {
+    constexpr bool kPartial = decltype(partial)::value;
+    cp_async_wait<0>();
+    __syncthreads();  // these keys are there, the values before them are read
+    if constexpr (kPartial) value_copy.clipped(shared0 + F::kValueTile, values, n);
+    else value_copy.whole(shared0 + F::kValueTile, values, n);
+    cp_async_commit();
+
+    Accumulators<MI, F::NJ> s;
+    clear(s);
+    products.scores(s);
+
+    cp_async_wait<0>();
+    const ValueGuard<typename F::Value, typename F::Products, decltype(value_copy)> guard(value_copy, shared + F::kValueTile);
+    bool finite = true;
+    if constexpr (kPartial) finite = !__syncthreads_or(!guard.finite());
+    else __syncthreads();  // these values are there, the keys are read
+    if (after >= 0) key_copy.whole(shared0 + F::kKeyTile, keys, after);
+    cp_async_commit();
+
+    if constexpr (F::kModified) terms.apply(s, n * N);
+    if constexpr (kPartial) hide(s, p, batch, head, query0 + row0, n * N);
+    softmax.step(s, o, scale_log2);
+    if constexpr (F::kModified) {
+      if (p.dropout.enabled()) terms.drop(s, n * N, seed);
+    }
+    if (!finite) {
+      guard.add(o, s);
+      __syncthreads();
+      guard.clean();
+      __syncthreads();
+    }
+    products.output(o, s);
+  };
+  while (!run.empty()) {
+    const TileRun next = visitor.next(run);
+    const int after = next.last;
+    if (run.partial) {
+      for (int n = run.last; n >= run.first; --n) visit(n, n > run.first ? n - 1 : after, std::true_type());
+    } else {
+      for (int n = run.last; n >= run.first; --n) visit(n, n > run.first ? n - 1 : after, std::false_type());
+    }
+    run = next;
+  }
+  cp_async_wait<0>();
+
+  RowStatistics<float> statistics[MI][2];
+  softmax.finish(o, static_cast<float>(p.dropout.inverse_keep), statistics);
+  const int rows = static_cast<int>(shape.query_len) - query0;
+  if constexpr (F::Out::kPitch != F::Query::kPitch) __syncthreads();  // the warps' rows do not lie where they lay
+  store_rows<typename F::Products, typename F::Out>(o, shared + F::kQueryTile, row0,
+                                                    head_of<T>(p.out, batch, head) + query0 * p.out.stride_row,
+                                                    p.out.stride_row, rows, static_cast<int>(shape.value_dim));
+  if (!p.lse || lane_index() % 4 != 0) return;
+  const int64_t first = (static_cast<int64_t>(batch) * heads + head) * shape.query_len + query0;
+  UNROLL for (int mi = 0; mi < MI; ++mi)
+    UNROLL for (int h = 0; h < 2; ++h) {
+      const int row = row0 + mi * 16 + h * 8 + lane_index() / 4;
+      if (row >= rows) continue;
+      static_cast<float*>(p.lse)[first + row] = statistics[mi][h].lse;
+      static_cast<float*>(p.lse_residual)[first + row] = statistics[mi][h].residual;
+    }
+}
+
+}  // namespace attn_ext::cuda

@@ -1,0 +1,36 @@
+// Starting a kernel: its shared memory, its stream, its errors.
+#pragma once
+#include <atomic>
+#include <stdexcept>
+#include <string>
+
+#include "cuda/platform.h"
+#include "cuda/variant.h"
+
+namespace attn_ext::cuda {
+
+#ifdef ATTN_EXT_EMULATE
+template <class Kernel, class Params>
+void launch(const char*, Kernel kernel, int64_t blocks, int threads, int shared_bytes, const Stream&, const Params& params) {
+  CUDA_LAUNCH(kernel, static_cast<unsigned>(blocks), threads, shared_bytes, nullptr, params);
+}
+#else
+inline void check(cudaError_t error, const char* kernel) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string(kernel) + ": " + cudaGetErrorString(error));
+}
+
+template <class Kernel, class Params>
+void launch(const char* name, Kernel kernel, int64_t blocks, int threads, int shared_bytes, const Stream& stream, const Params& params) {
+  // Once for each kernel and device, since it costs as much as the launch.
+  static std::atomic<uint64_t> prepared = 0;
+  const uint64_t bit = uint64_t{1} << stream.device.index % 64;
+  if (!(prepared & bit)) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes), name);
+    prepared |= bit;
+  }
+  kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, static_cast<cudaStream_t>(stream.handle)>>>(params);
+  check(cudaGetLastError(), name);
+}
+#endif
+
+}  // namespace attn_ext::cuda

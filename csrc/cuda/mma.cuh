@@ -1,0 +1,135 @@
+// Products of tiles of 16-bit elements on the tensor cores, a warp at a time.
+//
+// Two neighbouring blocks of columns of an accumulator, rounded to 16 bits, are the A operand of the next product: a chain of
+// products needs no shuffles.
+#pragma once
+#include "cuda/accumulators.cuh"
+
+namespace attn_ext::cuda {
+
+// Where a lane points ldmatrix for a 16x16 block of a tile, so that the four registers are an operand as it is.
+//   by_rows:    (rows 0-7, chunk 0), (8-15, 0), (0-7, 1), (8-15, 1): an A operand; transposed, B operands of a product over
+//               rows, whose pairs of registers are the 8-column halves of the block
+//   by_columns: (rows 0-7, chunk 0), (0-7, 1), (8-15, 0), (8-15, 1): B operands of a product over columns, whose pairs of
+//               registers are the 8-row halves.  mma wants pairs of neighbouring registers, hence two patterns.
+// A block's address is an XOR that several blocks share and a constant: nothing is computed in the loop.
+template <int Columns>
+struct BlockAddress {
+  using Row = Tile<uint16_t, 16, Columns>;
+  uint32_t rows, columns;
+
+  DEVICE BlockAddress(const BlockAddress& other, uint32_t) : rows(other.rows), columns(other.columns) {}
+  template <class Other>
+  DEVICE BlockAddress(const Other&, uint32_t shared) : BlockAddress(shared) {}
+  DEVICE explicit BlockAddress(uint32_t shared) {
+    const int lane = lane_index();
+    rows = pin(shared + Row::at(lane & 15, lane >> 4));
+    columns = pin(shared + Row::at((lane & 7) + (lane >> 4) * 8, lane >> 3 & 1));
+  }
+  DEVICE uint32_t by_rows(uint32_t tile, int i, int k) const { return block(rows, i, k) + tile; }
+  DEVICE uint32_t by_columns(uint32_t tile, int i, int k) const { return block(columns, i, k) + tile; }
+
+ private:
+  DEVICE static uint32_t block(uint32_t base, int i, int k) {
+    constexpr int kBlocks = Row::kSpan / 2;  // that a permutation mixes
+    return (base ^ (k % kBlocks << 5)) + k / kBlocks * (kBlocks * 32) + i * Row::kBytes;
+  }
+};
+
+// 16 * MI rows of a tile as the A operand of a product over its columns: kept in registers, or read at every use.
+template <int Columns, int MI, bool InRegisters>
+struct RowsOperand {
+  BlockAddress<Columns> at;
+  uint32_t tile;
+  uint32_t kept[InRegisters ? Columns / 16 : 1][MI][4];
+
+  DEVICE RowsOperand(BlockAddress<Columns> at, uint32_t tile) : at(at), tile(tile) {}
+  DEVICE void fetch() {  // once the tile is there
+    if constexpr (InRegisters) {
+      UNROLL for (int k = 0; k < Columns / 16; ++k)
+        UNROLL for (int mi = 0; mi < MI; ++mi) ldmatrix_x4(kept[k][mi], at.by_rows(tile, mi, k));
+    }
+  }
+  DEVICE void get(uint32_t (&a)[MI][4], int k) const {
+    UNROLL for (int mi = 0; mi < MI; ++mi) {
+      if constexpr (InRegisters) {
+        UNROLL for (int r = 0; r < 4; ++r) a[mi][r] = kept[k][mi][r];
+      } else {
+        ldmatrix_x4(a[mi], at.by_rows(tile, mi, k));
+      }
+    }
+  }
+};
+
+// acc += A * B^T, both by rows over the columns they share: S = Q K^T.
+template <class T, int Columns, int MI, int NJ, bool InRegisters>
+DEVICE void product_abt(Accumulators<MI, NJ>& acc, const RowsOperand<Columns, MI, InRegisters>& a_rows,
+                        BlockAddress<Columns> at, uint32_t b_tile) {
+  UNROLL for (int k = 0; k < Columns / 16; ++k) {
+    uint32_t a[MI][4];
+    a_rows.get(a, k);
+    UNROLL for (int j = 0; j < NJ; j += 2) {
+      uint32_t b[4];
+      ldmatrix_x4(b, at.by_columns(b_tile, j / 2, k));
+      UNROLL for (int mi = 0; mi < MI; ++mi) {
+        mma_m16n8k16<T>(acc[mi][j], a[mi], b[0], b[1]);
+        mma_m16n8k16<T>(acc[mi][j + 1], a[mi], b[2], b[3]);
+      }
+    }
+  }
+}
+
+// acc += P * B, P the accumulators of the product before, B by rows: O += P V.
+template <class T, int Columns, int MI, int NJ>
+DEVICE void product_pb(Accumulators<MI, Columns / 8>& acc, const Accumulators<MI, NJ>& p, BlockAddress<Columns> at, uint32_t b_tile) {
+  UNROLL for (int k = 0; k < NJ / 2; ++k) {
+    uint32_t a[MI][4];
+    UNROLL for (int mi = 0; mi < MI; ++mi) {
+      const auto &left = p[mi][2 * k], &right = p[mi][2 * k + 1];
+      a[mi][0] = pack<T>(left[0], left[1]), a[mi][1] = pack<T>(left[2], left[3]);
+      a[mi][2] = pack<T>(right[0], right[1]), a[mi][3] = pack<T>(right[2], right[3]);
+    }
+    UNROLL for (int j = 0; j < Columns / 8; j += 2) {
+      uint32_t b[4];
+      ldmatrix_x4_transposed(b, at.by_rows(b_tile, k, j / 2));
+      UNROLL for (int mi = 0; mi < MI; ++mi) {
+        mma_m16n8k16<T>(acc[mi][j], a[mi], b[0], b[1]);
+        mma_m16n8k16<T>(acc[mi][j + 1], a[mi], b[2], b[3]);
+      }
+    }
+  }
+}
+
+// The products of flash attention: S = Q K^T and O += P V.
+template <class F>
+class MmaProducts {
+  using T = typename F::T;
+  BlockAddress<F::Key::kColumns> at_key_;
+  BlockAddress<F::Value::kColumns> at_value_;
+  RowsOperand<F::Key::kColumns, F::MI, F::kQueryInRegisters> query_;
+
+ public:
+  // shared: where the tiles lie; row0: this warp's first query.
+  DEVICE MmaProducts(unsigned char* shared, int row0)
+      : at_key_(shared_address(shared)),
+        at_value_(at_key_, shared_address(shared)),
+        query_(at_key_, F::kQueryTile + pin(row0 * F::Query::kPitch)) {}
+
+  // Once the queries are there.
+  DEVICE void fetch_query() { query_.fetch(); }
+  DEVICE void scores(Accumulators<F::MI, F::NJ>& s) const { product_abt<T>(s, query_, at_key_, F::kKeyTile); }
+  DEVICE void output(Accumulators<F::MI, F::DJ>& o, const Accumulators<F::MI, F::NJ>& p) const {
+    product_pb<T, F::Value::kColumns>(o, p, at_value_, F::kValueTile);
+  }
+
+  // The output's column that acc[mi][j][2 h + e] is.
+  DEVICE static int column(int j, int e) { return 8 * j + lane_index() % 4 * 2 + e; }
+  // Half h of a block of rows, as a row of a tile.
+  template <class Staging, int DJ>
+  DEVICE static void stage(unsigned char* tile, int row, const float (&acc)[DJ][4], int h) {
+    UNROLL for (int j = 0; j < DJ; ++j)
+      *reinterpret_cast<uint32_t*>(tile + Staging::at(row, j) + lane_index() % 4 * 4) = pack<T>(acc[j][2 * h], acc[j][2 * h + 1]);
+  }
+};
+
+}  // namespace attn_ext::cuda

@@ -1,0 +1,112 @@
+// Online softmax of score tiles in registers (accumulators.cuh).
+//
+// The maximum of core/online_softmax.h, plus a headroom, is the exponent that weights are taken relative to.  It may be any
+// number near the row's maximum, the result is the same; so it moves only where weights would grow beyond 2^kSlack of what
+// the headroom allows, and most tiles leave the sums as they are (FlashAttention-4 does so too; on normally distributed
+// scores 1.6 % of the tiles move it).
+#pragma once
+#include "core/online_softmax.h"
+#include "cuda/accumulators.cuh"
+
+namespace attn_ext::cuda {
+
+// The arithmetic of core/online_softmax.h, a row in each thread.
+struct ThreadMath {
+  using Value = float;
+  DEVICE static float splat(float x) { return x; }
+  DEVICE static float max(float a, float b) { return fmaxf(a, b); }
+  DEVICE static float exp2(float x) { return ex2_approx(x); }
+  DEVICE static float weight(float x) { return ex2_approx(x); }
+};
+
+// How far below 1 the weights of a row's largest score lie, in powers of two: bf16 values may be near the largest fp32
+// number, and their weighted sum must not overflow; fp16 values cannot overflow fp32, and fp16 weights need their bits.
+template <class T>
+constexpr float kWeightHeadroom = 28.f;
+template <>
+inline constexpr float kWeightHeadroom<Float16> = 0.f;
+
+template <class T, int MI>
+class TileSoftmax {
+  static constexpr float kSlack = 8.f, kHeadroom = kWeightHeadroom<T>;
+  // From here on products of scores are rounded before the maximum is subtracted: the error of one that is not would be a
+  // factor in every weight of the row, and 2^-(half a unit in the last place of 2^30) is none.
+  static constexpr float kHuge = 1 << 24;
+  OnlineSoftmax<float, ThreadMath> row_[MI][2];  // l over this thread's columns
+  // What scores may exceed the maximum by before it moves; none, as long as they are huge.
+  static constexpr float kBound = kSlack - kHeadroom;
+  float bound_ = kBound;
+
+ public:
+  // After one score, in units of log2, whose value is 0.
+  DEVICE void sink(float score) {
+    UNROLL for (int mi = 0; mi < MI; ++mi)
+      UNROLL for (int h = 0; h < 2; ++h) {
+        row_[mi][h].raise(score + kHeadroom);
+        if (lane_index() % 4 == 0) row_[mi][h].add(ThreadMath::weight(score - row_[mi][h].m));
+      }
+    if (fabsf(score) > kHuge) bound_ = -INFINITY;
+  }
+
+  // Scores become weights; the output so far moves along.  `factor` > 0 brings scores to units of log2.
+  template <int NJ, int DJ>
+  DEVICE void step(Accumulators<MI, NJ>& s, Accumulators<MI, DJ>& o, float factor) {
+    float top[MI][2];
+    bool outgrown = false;
+    UNROLL for (int mi = 0; mi < MI; ++mi)
+      UNROLL for (int h = 0; h < 2; ++h) {
+        float x = fmaxf(s[mi][0][2 * h], s[mi][0][2 * h + 1]);
+        UNROLL for (int j = 1; j < NJ; ++j) x = fmaxf(fmaxf(x, s[mi][j][2 * h]), s[mi][j][2 * h + 1]);
+        x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, 1));
+        x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, 2));
+        top[mi][h] = x;
+        outgrown |= fused(x, factor, -row_[mi][h].m) > bound_;
+      }
+    if (__any_sync(kAllLanes, outgrown)) {
+      raise(top, o, factor);
+      if (bound_ != kBound) {
+        for_elements<MI, NJ>([&](int mi, int h, int j, int e) { s[mi][j][2 * h + e] *= factor; });
+        factor = 1.f;
+      }
+    }
+    for_elements<MI, NJ>([&](int mi, int h, int j, int e) {
+      float& p = s[mi][j][2 * h + e];
+      p = ThreadMath::weight(fused(p, factor, -row_[mi][h].m));
+      row_[mi][h].add(p);
+    });
+  }
+
+  // The output becomes what it is, times `keep`, and is 0 where there was nothing to attend to.
+  template <int DJ>
+  DEVICE void finish(Accumulators<MI, DJ>& o, float keep, RowStatistics<float> (&statistics)[MI][2]) {
+    UNROLL for (int mi = 0; mi < MI; ++mi)
+      UNROLL for (int h = 0; h < 2; ++h) {
+        float l = row_[mi][h].l;
+        l += __shfl_xor_sync(kAllLanes, l, 1);
+        l += __shfl_xor_sync(kAllLanes, l, 2);
+        // The headroom is taken off first, where that is exact: log2(l) is most precise near 0.
+        const float m = row_[mi][h].m;
+        const bool huge = fabsf(m) > kHuge;
+        statistics[mi][h] = RowStatistics<float>::of(huge ? m : m - kHeadroom, l, log2f(huge ? l : l * exp2f(kHeadroom)));
+        scale_row(o, mi, h, l == 0.f ? 0.f : __fdividef(keep, l));
+      }
+  }
+
+ private:
+  template <int DJ>
+  DEVICE static void scale_row(Accumulators<MI, DJ>& o, int mi, int h, float factor) {
+    UNROLL for (int j = 0; j < DJ; ++j) o[mi][j][2 * h] *= factor, o[mi][j][2 * h + 1] *= factor;
+  }
+  template <int DJ>
+  DEVICE void raise(const float (&top)[MI][2], Accumulators<MI, DJ>& o, float factor) {
+    bool huge = false;
+    UNROLL for (int mi = 0; mi < MI; ++mi)
+      UNROLL for (int h = 0; h < 2; ++h) {
+        scale_row(o, mi, h, row_[mi][h].raise(top[mi][h] * factor + kHeadroom));
+        huge |= row_[mi][h].m != std::numeric_limits<float>::lowest() && fabsf(row_[mi][h].m) > kHuge;
+      }
+    bound_ = __any_sync(kAllLanes, huge) ? -INFINITY : kBound;
+  }
+};
+
+}  // namespace attn_ext::cuda

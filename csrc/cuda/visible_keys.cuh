@@ -1,0 +1,126 @@
+// Which elements of a score tile a mask leaves (core/params.h, MaskParams), a bit for each.
+#pragma once
+#include "core/mask.h"
+#include "cuda/accumulators.cuh"
+
+namespace attn_ext::cuda {
+
+// The entry of block `block` among those of a row of block lists, or -1.  Lists come from users and are not to be trusted.
+DEVICE int64_t find_block(const MaskParams::BlockLists& blocks, int64_t begin, int64_t end, int block) {
+  while (begin < end) {
+    const int64_t middle = (begin + end) / 2;
+    const int index = blocks.indices[middle];
+    if (index == block) return middle;
+    if (index < block) begin = middle + 1;
+    else end = middle;
+  }
+  return -1;
+}
+
+// The entries of a row of block lists, inside the list whatever the offsets say.
+struct BlockRow {
+  int64_t begin, end;
+
+  DEVICE BlockRow(const MaskParams::BlockLists& blocks, int batch, int head, int query) {
+    const int64_t* row = blocks.row(batch, head, 0) + query / blocks.query_block;
+    begin = max_i64(row[0], 0), end = min_i64(row[1], blocks.entries);
+  }
+};
+
+// Of a tile of N keys.  Bit 2 j + e of a thread's word of a row is key 8 j + 2 t + e.
+template <int N>
+class VisibleKeys {
+  static_assert(N <= 128 && N % 16 == 0);
+  static constexpr int kElements = N / 4;
+  const AttentionParams& p_;
+  int batch_, head_;
+  int key0_;
+
+  // Elements whose keys are below `end`, counted from the thread's first column.
+  DEVICE static uint32_t below(int end) {
+    const int count = (end >> 3) * 2 + min(end & 7, 2);
+    return static_cast<uint32_t>((uint64_t{1} << min(max(count, 0), kElements)) - 1);
+  }
+  // Clears the bits for whose keys, counted from the tile's first, f is false; f is called for set bits only.
+  template <class F>
+  DEVICE static uint32_t filtered(uint32_t bits, const F& f) {
+    const int column = lane_index() % 4 * 2;
+#pragma unroll 1
+    for (int element = 0; element < kElements; ++element) {
+      if (bits >> element & 1 && !f(element / 2 * 8 + column + element % 2)) bits &= ~(1u << element);
+    }
+    return bits;
+  }
+
+  DEVICE uint32_t intervals(int query) const {
+    const int first = key0_ + lane_index() % 4 * 2;
+    uint32_t bits = 0;
+#pragma unroll 1
+    for (int r = 0; r < p_.mask.key_ranges.count; ++r) {
+      const KeyInterval keys = visible_keys(p_.mask, p_.shape, batch_, query, r);
+      bits |= below(static_cast<int>(keys.hi) - first) & ~below(static_cast<int>(keys.lo) - first);
+    }
+    return bits;
+  }
+  DEVICE uint32_t listed(uint32_t bits, int query) const {
+    const MaskParams::BlockLists& blocks = p_.mask.blocks;
+    const BlockRow row(blocks, batch_, head_, query);
+    const int within = query % blocks.query_block, row_bytes = blocks.query_block / 8;
+    const int column = lane_index() % 4 * 2, kv_len = static_cast<int>(p_.shape.kv_len);
+    uint32_t seen = 0;
+    int end;
+#pragma unroll 1
+    for (int key = key0_; key < min(key0_ + N, kv_len); key = end) {
+      const int block = key / blocks.kv_block, begin = block * blocks.kv_block;
+      end = begin + blocks.kv_block;
+      const uint32_t those = bits & below(end - key0_ - column) & ~below(key - key0_ - column);
+      const int64_t entry = find_block(blocks, row.begin, row.end, block);
+      if (entry < 0) continue;
+      const int tile = blocks.tiles[entry];
+      if (tile == -1) seen |= those;
+      if (tile < 0 || tile >= blocks.bit_tiles) continue;
+      const uint8_t* key_bits = blocks.bits + (static_cast<int64_t>(tile) * blocks.kv_block + key0_ - begin) * row_bytes + within / 8;
+      seen |= filtered(those, [&](int key) { return key_bits[key * row_bytes] >> within % 8 & 1; });
+    }
+    return seen;
+  }
+
+ public:
+  DEVICE VisibleKeys(const AttentionParams& p, int batch, int head, int key0)
+      : p_(p), batch_(batch), head_(head), key0_(key0) {}
+
+  DEVICE uint32_t of(int query) const {
+    const MaskParams& mask = p_.mask;
+    uint32_t bits = intervals(query);
+    if (mask.blocks.offsets) bits = listed(bits, query);
+    if (mask.query_segments.data) {
+      const int32_t id = mask.query_segments.data[batch_ * mask.query_segments.stride_batch + query];
+      const int32_t* ids = mask.kv_segments.data + batch_ * mask.kv_segments.stride_batch + key0_;
+      bits = filtered(bits, [&](int key) { return ids[key] == id; });
+    }
+    if (mask.dense.data) {
+      const ConstTensorView& dense = mask.dense;
+      const uint8_t* row = static_cast<const uint8_t*>(dense.data) + batch_ * dense.stride_batch + head_ * dense.stride_head +
+                           query * dense.stride_row + key0_ * dense.stride_column;
+      bits = filtered(bits, [&](int key) { return row[key * dense.stride_column] != 0; });
+    }
+    return bits;
+  }
+};
+
+// -inf for what the 16 * MI rows of a warp from query0 on do not see.
+template <int MI, int NJ>
+DEVICE void hide(Accumulators<MI, NJ>& s, const AttentionParams& p, int batch, int head, int query0, int key0) {
+  const VisibleKeys<NJ * 8> visible(p, batch, head, key0);
+  UNROLL for (int mi = 0; mi < MI; ++mi)
+    UNROLL for (int h = 0; h < 2; ++h) {
+      // Rows past the end count as the last one: whatever they see is dropped.
+      const int query = query0 + mi * 16 + h * 8 + lane_index() / 4;
+      const uint32_t bits = visible.of(min(query, static_cast<int>(p.shape.query_len) - 1));
+      UNROLL for (int j = 0; j < NJ; ++j)
+        UNROLL for (int e = 0; e < 2; ++e)
+          if (!(bits >> (2 * j + e) & 1)) s[mi][j][2 * h + e] = -INFINITY;
+    }
+}
+
+}  // namespace attn_ext::cuda
