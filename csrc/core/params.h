@@ -64,8 +64,8 @@ struct MaskParams {
     const int32_t* indices = nullptr;
     const int32_t* tiles = nullptr;  // of each block in the lists: -1: it is full; else which of `bits` it has
     const uint8_t* bits = nullptr;   // (tiles, kv_block, query_block / 8): bit q % 8 of byte q / 8 is query q
-    int query_block = 16, kv_block = 16;  // multiples of 16
     int64_t entries = 0, bit_tiles = 0;   // how many of `indices` and of tiles in `bits` there are
+    int query_block = 16, kv_block = 16;  // multiples of 16
 
     ATTN_HD const int64_t* row(int64_t batch, int64_t head, int64_t query) const {
       return offsets + batch * stride_batch + head * stride_head + query / query_block;
@@ -93,9 +93,9 @@ struct ScoreParams {
 struct DropoutParams {
   static constexpr int32_t kOne = 1 << 16;
   uint64_t seed = 0;
-  int32_t threshold = kOne;  // a weight stays if its 16 random bits are below; kOne: no dropout
-  double inverse_keep = 1;   // what the weights that stay are multiplied by: kOne / threshold, 0 if none stays
   const int64_t* seed_data = nullptr;  // where the seed is, if that is not `seed`: in memory the host cannot read
+  int32_t threshold = kOne;            // a weight stays if its 16 random bits are below; kOne: no dropout
+  double inverse_keep = 1;             // what the weights that stay are multiplied by: kOne / threshold, 0 if none stays
 
   // p is rounded to a multiple of 2^-16.
   ATTN_HD static DropoutParams of(double p, uint64_t seed) {
