@@ -67,7 +67,6 @@ __global__ void __launch_bounds__(F::kThreads) flash_forward(const __grid_consta
   if (p.score.sinks) softmax.sink(static_cast<float>(p.score.sinks[head] * kLog2E));
   const ScoreTerms<MI> terms(p, batch, head, query0 + row0);
   const float scale_log2 = F::kModified ? 1.f : static_cast<float>(p.score.scale * kLog2E);
-  [[maybe_unused]] const uint64_t seed = F::kModified ? p.dropout.key() : 0;
   Accumulators<MI, F::DJ> o;
   clear(o);
 
@@ -84,7 +83,7 @@ __global__ void __launch_bounds__(F::kThreads) flash_forward(const __grid_consta
     products.scores(s);
 
     cp_async_wait<0>();
-    const ValueGuard<typename F::Value, typename F::Products, decltype(value_copy)> guard(value_copy, shared + F::kValueTile);
+    ValueGuard<typename F::Value, typename F::Products, decltype(value_copy), MI> guard(value_copy, shared + F::kValueTile);
     bool finite = true;
     if constexpr (kPartial) finite = !__syncthreads_or(!guard.finite());
     else __syncthreads();  // these values are there, the keys are read
@@ -93,12 +92,13 @@ __global__ void __launch_bounds__(F::kThreads) flash_forward(const __grid_consta
 
     if constexpr (F::kModified) terms.apply(s, n * N);
     if constexpr (kPartial) hide(s, p, batch, head, query0 + row0, n * N);
+    if (!finite) guard.see(s);
     softmax.step(s, o, scale_log2);
     if constexpr (F::kModified) {
-      if (p.dropout.enabled()) terms.drop(s, n * N, seed);
+      if (p.dropout.enabled()) terms.drop(s, n * N);
     }
     if (!finite) {
-      guard.add(o, s);
+      guard.add(o);
       __syncthreads();
       guard.clean();
       __syncthreads();

@@ -11,8 +11,8 @@ namespace attn_ext::cuda {
 
 #ifdef ATTN_EXT_EMULATE
 template <class Kernel, class Params>
-void launch(const char*, Kernel kernel, int64_t blocks, int threads, int shared_bytes, const Stream&, const Params& params) {
-  CUDA_LAUNCH(kernel, static_cast<unsigned>(blocks), threads, shared_bytes, nullptr, params);
+void launch(const char* name, Kernel kernel, int64_t blocks, int threads, int shared_bytes, const Stream&, const Params& params) {
+  emulation::launch(name, dim3(static_cast<unsigned>(blocks)), dim3(threads), shared_bytes, [=] { kernel(params); });
 }
 #else
 inline void check(cudaError_t error, const char* kernel) {

@@ -7,7 +7,6 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 #define DYN_SMEM(name) extern __shared__ __align__(1024) unsigned char name[]
-#define CUDA_LAUNCH(kernel, grid, block, smem, stream, ...) kernel<<<grid, block, smem, stream>>>(__VA_ARGS__)
 #endif
 
 #define DEVICE __device__ __forceinline__

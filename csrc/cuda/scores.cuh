@@ -37,7 +37,10 @@ class ScoreTerms {
         UNROLL for (int j = 0; j < NJ; ++j)
           UNROLL for (int e = 0; e < 2; ++e) {
             const int64_t key = key0 + 8 * j + lane_index() % 4 * 2 + e;
-            if (key < p_.shape.kv_len) s[mi][j][2 * h + e] += bias_in_log2<float>(to_float(row[key * bias.stride_column]));
+            if (key >= p_.shape.kv_len) continue;
+            const float value = bias_in_log2<float>(to_float(row[key * bias.stride_column]));
+            float& score = s[mi][j][2 * h + e];
+            score = value == -INFINITY ? value : score + value;  // what the key is does not matter then
           }
       }
   }
@@ -83,7 +86,8 @@ class ScoreTerms {
 
   // Weights that are dropped become 0.  One call of the generator decides over what a thread holds of 32 keys.
   template <int NJ>
-  DEVICE void drop(Accumulators<MI, NJ>& weights, int64_t key0, uint64_t seed) const {
+  DEVICE void drop(Accumulators<MI, NJ>& weights, int64_t key0) const {
+    const uint64_t seed = p_.dropout.key();
     static_assert(NJ % DropoutIndex::kWords == 0);
     UNROLL for (int mi = 0; mi < MI; ++mi)
       UNROLL for (int h = 0; h < 2; ++h)

@@ -19,16 +19,25 @@ struct ThreadMath {
   DEVICE static float weight(float x) { return ex2_approx(x); }
 };
 
-// How far below 1 the weights of a row's largest score lie, in powers of two: bf16 values may be near the largest fp32
-// number, and their weighted sum must not overflow; fp16 values cannot overflow fp32, and fp16 weights need their bits.
+// How far below 1 the weights of a row's largest score lie, in powers of two.  Values of bf16 and fp32 may be near the largest
+// number of fp32, and their weighted sum must not overflow.  For bf16 the maximum carries it at no cost; in fp32 that would
+// round the exponents, and weights are multiplied.  Values of fp16 cannot overflow fp32, and fp16 weights need their bits.
 template <class T>
-constexpr float kWeightHeadroom = 28.f;
+struct Headroom {
+  static constexpr float kExponent = 0.f, kFactor = 1.f;
+};
 template <>
-inline constexpr float kWeightHeadroom<Float16> = 0.f;
+struct Headroom<BFloat16> {
+  static constexpr float kExponent = 28.f, kFactor = 1.f;
+};
+template <>
+struct Headroom<float> {
+  static constexpr float kExponent = 0.f, kFactor = 0x1p-28f;
+};
 
 template <class T, int MI>
 class TileSoftmax {
-  static constexpr float kSlack = 8.f, kHeadroom = kWeightHeadroom<T>;
+  static constexpr float kSlack = 8.f, kHeadroom = Headroom<T>::kExponent;
   // From here on products of scores are rounded before the maximum is subtracted: the error of one that is not would be a
   // factor in every weight of the row, and 2^-(half a unit in the last place of 2^30) is none.
   static constexpr float kHuge = 1 << 24;
@@ -43,7 +52,7 @@ class TileSoftmax {
     UNROLL for (int mi = 0; mi < MI; ++mi)
       UNROLL for (int h = 0; h < 2; ++h) {
         row_[mi][h].raise(score + kHeadroom);
-        if (lane_index() % 4 == 0) row_[mi][h].add(ThreadMath::weight(score - row_[mi][h].m));
+        if (lane_index() % 4 == 0) row_[mi][h].add(weight(score - row_[mi][h].m));
       }
     if (fabsf(score) > kHuge) bound_ = -INFINITY;
   }
@@ -71,7 +80,7 @@ class TileSoftmax {
     }
     for_elements<MI, NJ>([&](int mi, int h, int j, int e) {
       float& p = s[mi][j][2 * h + e];
-      p = ThreadMath::weight(fused(p, factor, -row_[mi][h].m));
+      p = weight(fused(p, factor, -row_[mi][h].m));
       row_[mi][h].add(p);
     });
   }
@@ -87,12 +96,14 @@ class TileSoftmax {
         // The headroom is taken off first, where that is exact: log2(l) is most precise near 0.
         const float m = row_[mi][h].m;
         const bool huge = fabsf(m) > kHuge;
-        statistics[mi][h] = RowStatistics<float>::of(huge ? m : m - kHeadroom, l, log2f(huge ? l : l * exp2f(kHeadroom)));
-        scale_row(o, mi, h, l == 0.f ? 0.f : __fdividef(keep, l));
+        const float sum = l * ((huge ? 1.f : 1u << static_cast<int>(kHeadroom)) / Headroom<T>::kFactor);
+        statistics[mi][h] = RowStatistics<float>::of(huge ? m : m - kHeadroom, l, log2f(sum));
+        scale_row(o, mi, h, l == 0.f ? 0.f : std::is_same_v<T, float> ? keep / l : __fdividef(keep, l));
       }
   }
 
  private:
+  DEVICE static float weight(float x) { return ThreadMath::weight(x) * Headroom<T>::kFactor; }
   template <int DJ>
   DEVICE static void scale_row(Accumulators<MI, DJ>& o, int mi, int h, float factor) {
     UNROLL for (int j = 0; j < DJ; ++j) o[mi][j][2 * h] *= factor, o[mi][j][2 * h + 1] *= factor;

@@ -18,12 +18,13 @@ DEVICE uint32_t finite_or_zero(uint32_t word) {
   return word & ~(sizeof(T) == 4 ? (signs ? ~0u : 0u) : (signs >> 15) * 0xffff);
 }
 
-// Of a tile of values whose weights are accumulators, 0 where keys are hidden.
-template <class Values, class Products, class Copy>
+// Of a tile of values.
+template <class Values, class Products, class Copy, int MI>
 class ValueGuard {
   using T = typename Values::Element;
   const Copy& copy_;
   unsigned char* tile_;
+  uint32_t seen_[MI][2];  // of a row, bit 2 j + e: the key is not hidden
 
  public:
   DEVICE ValueGuard(const Copy& copy, unsigned char* tile) : copy_(copy), tile_(tile) {}
@@ -38,28 +39,32 @@ class ValueGuard {
     return !found;
   }
 
-  // Adds what is not finite to the rows that give it weight.
-  template <int MI, int NJ, int DJ>
-  DEVICE void add(Accumulators<MI, DJ>& o, const Accumulators<MI, NJ>& weights) const {
+  // Hidden keys have the score -inf.
+  template <int NJ>
+  DEVICE void see(const Accumulators<MI, NJ>& scores) {
     static_assert(NJ <= 16);
-    uint32_t weighted[MI][2] = {};  // bit 2 j + e
+    UNROLL for (int mi = 0; mi < MI; ++mi) seen_[mi][0] = seen_[mi][1] = 0;
     for_elements<MI, NJ>([&](int mi, int h, int j, int e) {
-      if (weights[mi][j][2 * h + e] != 0.f) weighted[mi][h] |= 1u << (2 * j + e);
+      if (scores[mi][j][2 * h + e] != -INFINITY) seen_[mi][h] |= 1u << (2 * j + e);
     });
+  }
+  // Adds what is not finite to the rows that see it.
+  template <int DJ>
+  DEVICE void add(Accumulators<MI, DJ>& o) const {
     const int quad = lane_index() & ~3;
 #pragma unroll 1
-    for (int k = 0; k < NJ * 8; ++k) {
-      bool counts[MI][2];
+    for (int k = 0; k < Values::kRows; ++k) {
+      bool sees[MI][2];
       UNROLL for (int mi = 0; mi < MI; ++mi)
         UNROLL for (int h = 0; h < 2; ++h)
-          counts[mi][h] = __shfl_sync(kAllLanes, weighted[mi][h], quad + k % 8 / 2) >> (k / 8 * 2 + k % 2) & 1;
+          sees[mi][h] = __shfl_sync(kAllLanes, seen_[mi][h], quad + k % 8 / 2) >> (k / 8 * 2 + k % 2) & 1;
       UNROLL for (int j = 0; j < DJ; ++j)
         UNROLL for (int e = 0; e < 2; ++e) {
           const float value = to_float(*reinterpret_cast<const T*>(tile_ + Values::element(k, Products::column(j, e))));
           if (value - value == 0.f) continue;
           UNROLL for (int mi = 0; mi < MI; ++mi)
             UNROLL for (int h = 0; h < 2; ++h)
-              if (counts[mi][h]) o[mi][j][2 * h + e] += value;
+              if (sees[mi][h]) o[mi][j][2 * h + e] += value;
         }
     }
   }
