@@ -63,10 +63,9 @@ __global__ void __launch_bounds__(F::kThreads) flash_forward(const __grid_consta
   __syncthreads();
   products.fetch_query();
 
-  TileSoftmax<T, MI> softmax;
+  TileSoftmax<T, MI> softmax(F::kModified ? 1.f : static_cast<float>(p.score.scale * kLog2E));
   if (p.score.sinks) softmax.sink(static_cast<float>(p.score.sinks[head] * kLog2E));
   const ScoreTerms<MI> terms(p, batch, head, query0 + row0);
-  const float scale_log2 = F::kModified ? 1.f : static_cast<float>(p.score.scale * kLog2E);
   Accumulators<MI, F::DJ> o;
   clear(o);
 
@@ -87,13 +86,13 @@ __global__ void __launch_bounds__(F::kThreads) flash_forward(const __grid_consta
     bool finite = true;
     if constexpr (kPartial) finite = !__syncthreads_or(!guard.finite());
     else __syncthreads();  // these values are there, the keys are read
-    if (after >= 0) key_copy.whole(shared0 + F::kKeyTile, keys, after);
+    key_copy.whole(shared0 + F::kKeyTile, keys, after, after >= 0);
     cp_async_commit();
 
     if constexpr (F::kModified) terms.apply(s, n * N);
     if constexpr (kPartial) hide(s, p, batch, head, query0 + row0, n * N);
     if (!finite) guard.see(s);
-    softmax.step(s, o, scale_log2);
+    softmax.step(s, o);
     if constexpr (F::kModified) {
       if (p.dropout.enabled()) terms.drop(s, n * N);
     }

@@ -29,7 +29,7 @@ class FmaProducts {
   DEVICE void scores(Accumulators<1, F::NJ>& s) const {
     const unsigned char* const queries = shared_ + F::kQueryTile;
     const unsigned char* const keys = shared_ + F::kKeyTile;
-#pragma unroll 2
+#pragma unroll 1
     for (int chunk = 0; chunk < F::Key::kChunks; ++chunk) {
       const float4 q[2] = {load<typename F::Query>(queries, row_, chunk), load<typename F::Query>(queries, row_ + 8, chunk)};
       UNROLL for (int j = 0; j < F::NJ; ++j)

@@ -73,6 +73,7 @@ const char* unsupported(const ForwardParams& p, const Device& device) {
   if (p.dtype == DType::bfloat16 && device.arch < 80) return "bfloat16 needs compute capability 8.0";
   if (p.score.bias.data && p.score.bias_dtype == DType::float64) return "a bias of float64 is not read on CUDA devices";
   if (shape.query_len > kLongest || shape.kv_len > kLongest) return "sequences on CUDA devices have less than 2^31 - 1024 tokens";
+  if (p.mask.blocks.entries > kLongest) return "block masks on CUDA devices have less than 2^31 - 1024 blocks";
   const int bytes = element_bytes(p.dtype);
   if (shape.head_dim * bytes % 16 || shape.value_dim * bytes % 16 || !aligned(p.query, bytes) || !aligned(p.key, bytes) ||
       !aligned(p.value, bytes) || !aligned(p.out, bytes)) {

@@ -19,9 +19,8 @@ class KeyVisitor {
   int batch_, query0_;
   int first_, end_;              // tiles with a key that any query may see
   int whole_first_, whole_end_;  // tiles whose keys all queries see
-  bool gaps_;                    // are there tiles between first_ and end_ that nobody sees?
   // Lane s < M / 16 follows the block list of 16 queries.
-  int64_t entries_begin_ = 0, entry_ = -1;  // the entry last met
+  int entries_begin_ = 0, entry_ = -1;  // the entry last met
 
   DEVICE static int lowest(int x) {
     UNROLL for (int lanes = 16; lanes; lanes /= 2) x = min(x, __shfl_xor_sync(kAllLanes, x, lanes));
@@ -60,7 +59,7 @@ class KeyVisitor {
   DEVICE bool listed_whole(int n) const {
     const MaskParams::BlockLists& blocks = p_.mask.blocks;
     int64_t end = min_i64(static_cast<int64_t>(n + 1) * N, p_.shape.kv_len);
-    for (int64_t entry = entry_; entry >= entries_begin_; --entry) {
+    for (int entry = entry_; entry >= entries_begin_; --entry) {
       const int64_t first = static_cast<int64_t>(blocks.indices[entry]) * blocks.kv_block;
       if (first + blocks.kv_block < end || blocks.tiles[entry] != -1) return false;
       if (first <= static_cast<int64_t>(n) * N) return true;
@@ -88,7 +87,6 @@ class KeyVisitor {
     whole_first_ = (all_lo + N - 1) / N, whole_end_ = all_hi / N;
     const bool by_element = mask.query_segments.data || mask.dense.data || p.score.bias.data;
     if (by_element || whole_first_ >= whole_end_) whole_first_ = whole_end_ = first_;
-    gaps_ = mask.key_ranges.count > 1 || mask.blocks.offsets;
     if (mask.blocks.offsets && follows_list()) {
       const BlockRow row(mask.blocks, batch, head, query0 + lane_index() * 16);
       entries_begin_ = row.begin, entry_ = row.end - 1;
@@ -102,7 +100,7 @@ class KeyVisitor {
  private:
   DEVICE TileRun below(int end) {
     if (end <= first_) return {};
-    if (!gaps_) {
+    if (p_.mask.key_ranges.count == 1 && !p_.mask.blocks.offsets) {  // no gaps between
       if (end > whole_end_) return {max(whole_end_, first_), end - 1, true};
       if (end > whole_first_) return {whole_first_, end - 1, false};
       return {first_, end - 1, true};

@@ -45,8 +45,12 @@ class TileSoftmax {
   // What scores may exceed the maximum by before it moves; none, as long as they are huge.
   static constexpr float kBound = kSlack - kHeadroom;
   float bound_ = kBound;
+  const float factor_;      // > 0, what brings scores to units of log2
+  float exponent_factor_;   // what they are multiplied by in the exponent: 1 where they are huge, and multiplied before
 
  public:
+  DEVICE explicit TileSoftmax(float factor) : factor_(factor), exponent_factor_(factor) {}
+
   // After one score, in units of log2, whose value is 0.
   DEVICE void sink(float score) {
     UNROLL for (int mi = 0; mi < MI; ++mi)
@@ -57,9 +61,9 @@ class TileSoftmax {
     if (fabsf(score) > kHuge) bound_ = -INFINITY;
   }
 
-  // Scores become weights; the output so far moves along.  `factor` > 0 brings scores to units of log2.
+  // Scores become weights; the output so far moves along.
   template <int NJ, int DJ>
-  DEVICE void step(Accumulators<MI, NJ>& s, Accumulators<MI, DJ>& o, float factor) {
+  DEVICE void step(Accumulators<MI, NJ>& s, Accumulators<MI, DJ>& o) {
     float top[MI][2];
     bool outgrown = false;
     UNROLL for (int mi = 0; mi < MI; ++mi)
@@ -69,18 +73,19 @@ class TileSoftmax {
         x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, 1));
         x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, 2));
         top[mi][h] = x;
-        outgrown |= fused(x, factor, -row_[mi][h].m) > bound_;
+        outgrown |= fused(x, factor_, -row_[mi][h].m) > bound_;
       }
     if (__any_sync(kAllLanes, outgrown)) {
-      raise(top, o, factor);
+      raise(top, o);
+      exponent_factor_ = factor_;
       if (bound_ != kBound) {
-        for_elements<MI, NJ>([&](int mi, int h, int j, int e) { s[mi][j][2 * h + e] *= factor; });
-        factor = 1.f;
+        for_elements<MI, NJ>([&](int mi, int h, int j, int e) { s[mi][j][2 * h + e] *= factor_; });
+        exponent_factor_ = 1.f;
       }
     }
     for_elements<MI, NJ>([&](int mi, int h, int j, int e) {
       float& p = s[mi][j][2 * h + e];
-      p = weight(fused(p, factor, -row_[mi][h].m));
+      p = weight(fused(p, exponent_factor_, -row_[mi][h].m));
       row_[mi][h].add(p);
     });
   }
@@ -98,7 +103,7 @@ class TileSoftmax {
         const bool huge = fabsf(m) > kHuge;
         const float sum = l * ((huge ? 1.f : 1u << static_cast<int>(kHeadroom)) / Headroom<T>::kFactor);
         statistics[mi][h] = RowStatistics<float>::of(huge ? m : m - kHeadroom, l, log2f(sum));
-        scale_row(o, mi, h, l == 0.f ? 0.f : std::is_same_v<T, float> ? keep / l : __fdividef(keep, l));
+        scale_row(o, mi, h, l == 0.f ? 0.f : __fdividef(keep, l));
       }
   }
 
@@ -109,11 +114,11 @@ class TileSoftmax {
     UNROLL for (int j = 0; j < DJ; ++j) o[mi][j][2 * h] *= factor, o[mi][j][2 * h + 1] *= factor;
   }
   template <int DJ>
-  DEVICE void raise(const float (&top)[MI][2], Accumulators<MI, DJ>& o, float factor) {
+  DEVICE void raise(const float (&top)[MI][2], Accumulators<MI, DJ>& o) {
     bool huge = false;
     UNROLL for (int mi = 0; mi < MI; ++mi)
       UNROLL for (int h = 0; h < 2; ++h) {
-        scale_row(o, mi, h, row_[mi][h].raise(top[mi][h] * factor + kHeadroom));
+        scale_row(o, mi, h, row_[mi][h].raise(top[mi][h] * factor_ + kHeadroom));
         huge |= row_[mi][h].m != std::numeric_limits<float>::lowest() && fabsf(row_[mi][h].m) > kHuge;
       }
     bound_ = __any_sync(kAllLanes, huge) ? -INFINITY : kBound;

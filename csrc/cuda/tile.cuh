@@ -72,19 +72,21 @@ class TileCopy {
       }
     }
   }
-  // Tile n, all of whose rows exist.
-  DEVICE void whole(uint32_t tile, const Rows& from, int n) const {
+  // Tile n, all of whose rows exist; nothing if it is not wanted.
+  DEVICE void whole(uint32_t tile, const Rows& from, int n, bool wanted = true) const {
+    const int groups = wanted ? groups_ : 0;
     const char* p = from.data + static_cast<int64_t>(n) * (Tile::kRows * from.row_bytes);
     UNROLL for (int pass = 0; pass < kPasses; ++pass, p += kRowsPerPass * from.row_bytes) {
       UNROLL for (int group = 0; group < kGroups; ++group) {
-        if (group < groups_) cp_async16(tile + to_ + place(pass, group), p + group * Tile::kSpan * 16);
+        if (group < groups) cp_async16(tile + to_ + place(pass, group), p + group * Tile::kSpan * 16);
       }
     }
   }
   // Tile n, with zeros for rows that do not exist.
   DEVICE void clipped(uint32_t tile, const Rows& from, int n) const {
     const char* p = from.data + static_cast<int64_t>(n) * (Tile::kRows * from.row_bytes);
-    UNROLL for (int pass = 0; pass < kPasses; ++pass, p += kRowsPerPass * from.row_bytes) {
+#pragma unroll(kPasses* kGroups > 16 ? 1 : kPasses)
+    for (int pass = 0; pass < kPasses; ++pass, p += kRowsPerPass * from.row_bytes) {
       const bool exists = n * Tile::kRows + row_ + pass * kRowsPerPass < from.count;
       UNROLL for (int group = 0; group < kGroups; ++group) {
         if (group >= groups_) continue;

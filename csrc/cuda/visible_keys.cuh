@@ -6,9 +6,9 @@
 namespace attn_ext::cuda {
 
 // The entry of block `block` among those of a row of block lists, or -1.  Lists come from users and are not to be trusted.
-DEVICE int64_t find_block(const MaskParams::BlockLists& blocks, int64_t begin, int64_t end, int block) {
+DEVICE int find_block(const MaskParams::BlockLists& blocks, int begin, int end, int block) {
   while (begin < end) {
-    const int64_t middle = (begin + end) / 2;
+    const int middle = begin + (end - begin) / 2;
     const int index = blocks.indices[middle];
     if (index == block) return middle;
     if (index < block) begin = middle + 1;
@@ -19,11 +19,11 @@ DEVICE int64_t find_block(const MaskParams::BlockLists& blocks, int64_t begin, i
 
 // The entries of a row of block lists, inside the list whatever the offsets say.
 struct BlockRow {
-  int64_t begin, end;
+  int begin, end;
 
   DEVICE BlockRow(const MaskParams::BlockLists& blocks, int batch, int head, int query) {
     const int64_t* row = blocks.row(batch, head, 0) + query / blocks.query_block;
-    begin = max_i64(row[0], 0), end = min_i64(row[1], blocks.entries);
+    begin = static_cast<int>(max_i64(row[0], 0)), end = static_cast<int>(min_i64(row[1], blocks.entries));
   }
 };
 
@@ -74,7 +74,7 @@ class VisibleKeys {
       const int block = key / blocks.kv_block, begin = block * blocks.kv_block;
       end = begin + blocks.kv_block;
       const uint32_t those = bits & below(end - key0_ - column) & ~below(key - key0_ - column);
-      const int64_t entry = find_block(blocks, row.begin, row.end, block);
+      const int entry = find_block(blocks, row.begin, row.end, block);
       if (entry < 0) continue;
       const int tile = blocks.tiles[entry];
       if (tile == -1) seen |= those;
