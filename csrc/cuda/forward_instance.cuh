@@ -21,7 +21,7 @@ constexpr ForwardVariant forward_variant_of(const char* name) {
           .modified = F::kModified,
           .launch = [](const ForwardParams& p, const Stream& stream, const ForwardVariant& variant) {
             const int64_t tiles = (p.shape.query_len + F::M - 1) / F::M;
-            launch(variant.name, flash_forward<F>, tiles * p.shape.heads * p.shape.batch, F::kThreads, F::kSharedBytes, stream, p);
+            launch<flash_forward<F>>(variant.name, tiles * p.shape.heads * p.shape.batch, F::kThreads, F::kSharedBytes, stream, p);
           }};
 }
 

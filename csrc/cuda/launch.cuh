@@ -10,25 +10,25 @@
 namespace attn_ext::cuda {
 
 #ifdef ATTN_EXT_EMULATE
-template <class Kernel, class Params>
-void launch(const char* name, Kernel kernel, int64_t blocks, int threads, int shared_bytes, const Stream&, const Params& params) {
-  emulation::launch(name, dim3(static_cast<unsigned>(blocks)), dim3(threads), shared_bytes, [=] { kernel(params); });
+template <auto kKernel, class Params>
+void launch(const char* name, int64_t blocks, int threads, int shared_bytes, const Stream&, const Params& params) {
+  emulation::launch(name, dim3(static_cast<unsigned>(blocks)), dim3(threads), shared_bytes, [=] { kKernel(params); });
 }
 #else
 inline void check(cudaError_t error, const char* kernel) {
   if (error != cudaSuccess) throw std::runtime_error(std::string(kernel) + ": " + cudaGetErrorString(error));
 }
 
-template <class Kernel, class Params>
-void launch(const char* name, Kernel kernel, int64_t blocks, int threads, int shared_bytes, const Stream& stream, const Params& params) {
+template <auto kKernel, class Params>
+void launch(const char* name, int64_t blocks, int threads, int shared_bytes, const Stream& stream, const Params& params) {
   // Once for each kernel and device, since it costs as much as the launch.
   static std::atomic<uint64_t> prepared = 0;
   const uint64_t bit = uint64_t{1} << stream.device.index % 64;
   if (!(prepared & bit)) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes), name);
+    check(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes), name);
     prepared |= bit;
   }
-  kernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, static_cast<cudaStream_t>(stream.handle)>>>(params);
+  kKernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, static_cast<cudaStream_t>(stream.handle)>>>(params);
   check(cudaGetLastError(), name);
 }
 #endif

@@ -41,15 +41,18 @@ class VisibleKeys {
     const int count = (end >> 3) * 2 + min(end & 7, 2);
     return static_cast<uint32_t>((uint64_t{1} << min(max(count, 0), kElements)) - 1);
   }
-  // Clears the bits for whose keys, counted from the tile's first, f is false; f is called for set bits only.
+  // The bits for whose keys, counted from the tile's first, f is true.  f is asked for every key that exists, so that its
+  // loads need not wait for one another.
   template <class F>
-  DEVICE static uint32_t filtered(uint32_t bits, const F& f) {
-    const int column = lane_index() % 4 * 2;
-#pragma unroll 1
+  DEVICE uint32_t filtered(uint32_t bits, const F& f) const {
+    const int column = lane_index() % 4 * 2, last = static_cast<int>(p_.shape.kv_len) - 1 - key0_;
+    uint32_t kept = 0;
+#pragma unroll 4
     for (int element = 0; element < kElements; ++element) {
-      if (bits >> element & 1 && !f(element / 2 * 8 + column + element % 2)) bits &= ~(1u << element);
+      const int key = element / 2 * 8 + column + element % 2;
+      kept |= static_cast<uint32_t>(f(min(key, last))) << element;
     }
-    return bits;
+    return bits & kept;
   }
 
   DEVICE uint32_t intervals(int query) const {
@@ -80,7 +83,8 @@ class VisibleKeys {
       if (tile == -1) seen |= those;
       if (tile < 0 || tile >= blocks.bit_tiles) continue;
       const uint8_t* key_bits = blocks.bits + (static_cast<int64_t>(tile) * blocks.kv_block + key0_ - begin) * row_bytes + within / 8;
-      seen |= filtered(those, [&](int key) { return key_bits[key * row_bytes] >> within % 8 & 1; });
+      const int first = key - key0_, end_key = min(end - key0_, N) - 1;
+      seen |= filtered(those, [&](int key) { return (key_bits[min(max(key, first), end_key) * row_bytes] >> within % 8 & 1) != 0; });
     }
     return seen;
   }
