@@ -122,9 +122,9 @@ struct DecodeProducts {
     }
   }
 
-  // o[i][:] = alpha[i] * o[i][:] + sum_n weights[i][n] * rows[n], N chunks of columns.
+  // o[i][:] += sum_n weights[i][n] * rows[n], N chunks of columns.
   template <int R, int N>
-  static __attribute__((noinline)) void add_chunks(Acc* o, int64_t o_row, const Acc* alpha, const Acc* weights, int64_t w_row,
+  static __attribute__((noinline)) void add_chunks(Acc* o, int64_t o_row, const Acc* weights, int64_t w_row,
                                                    const void* const* rows, int64_t ahead, int count,
                                                    const Chunks<Acc, C>& chunks, int64_t first) {
     int64_t at[N];
@@ -145,22 +145,33 @@ struct DecodeProducts {
     }
     UNROLL for (int i = 0; i < R; i++) UNROLL for (int j = 0; j < N * kParts; j++) {
       Acc* const out = o + i * o_row + (first * kParts + j) * W;
-      store(out, fma(load(out), splat(alpha[i]), acc[i][j]));
+      store(out, load(out) + acc[i][j]);
     }
   }
+  // o[i][:] = alpha[i] * o[i][:] + sum_n weights[i][n] * rows[n].  Where registers do not hold all columns at once, a few
+  // rows are finished before the next: a pass over part of many would fetch all of them, and leave memory idle in the next.
   template <int R>
   static void add_values(Acc* o, int64_t o_row, const Acc* alpha, const Acc* weights, int64_t w_row, const void* const* rows,
                          int64_t ahead, int count, const Chunks<Acc, C>& chunks) {
-    constexpr int kMost = (R == 1 ? 8 : kVectorRegisters / 2 / R) / kParts;
-    int64_t c = 0;
-    const auto add = [&](auto n) {
-      for (; c + n <= chunks.count; c += n) {
-        add_chunks<R, n>(o, o_row, alpha, weights, w_row, rows, ahead, count, chunks, c);
-      }
-    };
-    add(Int<kMost>{});
-    if constexpr (kMost > 2 && kManyInstances<Acc, C>) add(Int<kMost / 2>{});
-    if constexpr (kMost > 1) add(Int<1>{});
+    constexpr int kMost = (R == 1 ? 8 : kVectorRegisters / 2 / R) / kParts, kBytesAtOnce = 4096;
+    for (int i = 0; i < R; i++) {
+      Acc* const row = o + i * o_row;
+      for (int64_t d = 0; d < chunks.count * Piece::kColumns; d += W) store(row + d, load(row + d) * alpha[i]);
+    }
+    const int64_t row_bytes = chunks.columns * static_cast<int64_t>(sizeof(C));
+    const int block = chunks.count > kMost ? static_cast<int>(max_i64(1, kBytesAtOnce / row_bytes)) : count;
+    for (int n = 0; n < count; n += block) {
+      const int some = count - n < block ? count - n : block;
+      int64_t c = 0;
+      const auto add = [&](auto chunk_count) {
+        for (; c + chunk_count <= chunks.count; c += chunk_count) {
+          add_chunks<R, chunk_count>(o, o_row, weights + n, w_row, rows + n, ahead, some, chunks, c);
+        }
+      };
+      add(Int<kMost>{});
+      if constexpr (kMost > 2 && kManyInstances<Acc, C>) add(Int<kMost / 2>{});
+      if constexpr (kMost > 1) add(Int<1>{});
+    }
   }
 };
 
@@ -201,6 +212,8 @@ class Decode {
   static constexpr int W = kLanes<Acc>, kTile = 256, kKeyQuantum = 16, kRows = 4, kMostAhead = 64;
   static constexpr int64_t kKeysPerSplit = 512;
   using Softmax = OnlineSoftmax<Acc, LaneMath<Acc, 5>>;
+  using Addresses = Vec<uint64_t>;
+  static constexpr int kAddresses = kLanes<uint64_t>;
 
   const DecodeParams& p;
   const AttentionShape& shape = p.shape;
@@ -220,7 +233,7 @@ class Decode {
     Acc* o;               // [units][padded_rows][o_row]
   };
   struct Scratch {
-    const void** rows;  // [2 * kTile + kMostAhead]: keys of a tile, its values, the first keys of the next
+    const void** rows;  // [2 * kTile + kMostAhead + kAddresses]: keys of a tile, its values, the first keys of the next
     Acc* s;             // [padded_rows][kTile]: scores, then weights
     Acc* alpha;         // [padded_rows]
     Softmax* state;     // [padded_rows], sums still spread over lanes
@@ -228,7 +241,7 @@ class Decode {
     Acc *wide_keys, *wide_values;  // [kTile][padded columns]
     Acc *row, *cos, *sin;
     void take(Pieces& pieces, const Decode& d) {
-      rows = pieces.take<const void*>(2 * kTile + kMostAhead);
+      rows = pieces.take<const void*>(2 * kTile + kMostAhead + kAddresses);
       s = pieces.take<Acc>(d.padded_rows * kTile);
       alpha = pieces.take<Acc>(d.padded_rows);
       state = pieces.take<Softmax>(d.padded_rows);
@@ -262,17 +275,21 @@ class Decode {
   // f(page, first, n, run): keys begin + n .. + run - 1 are rows first .. of the page.
   template <class F>
   INLINE void for_runs(int64_t b, int64_t begin, int count, const F& f) const {
-    for (int n = 0; n < count;) {
-      const int64_t index = (begin + n) / p.page_size, first = (begin + n) % p.page_size;
+    int64_t index = begin / p.page_size, first = begin % p.page_size;
+    for (int n = 0; n < count; index++, first = 0) {
       const int run = static_cast<int>(min_i64(count - n, p.page_size - first));
       f(p.pages ? p.pages[b * p.pages_per_sequence + index] : b, first, n, run);
       n += run;
     }
   }
+  // A vector of addresses at a time: what it writes after the last row is for others to overwrite.
   void point(const void** rows, const CacheView& view, int64_t b, int64_t kv_head, int64_t begin, int count) const {
     for_runs(b, begin, count, [&](int64_t page, int64_t first, int n, int run) {
-      const C* row = row_pointer<C>(view, page, kv_head, first);
-      for (const void **at = rows + n, **end = at + run; at < end; row += view.stride_row) *at++ = row;
+      const auto address = reinterpret_cast<uint64_t>(row_pointer<C>(view, page, kv_head, first));
+      const auto stride = static_cast<uint64_t>(view.stride_row) * sizeof(C);
+      Addresses at;
+      UNROLL for (int i = 0; i < kAddresses; i++) at[i] = address + i * stride;
+      for (int i = 0; i < run; i += kAddresses, at += kAddresses * stride) store(reinterpret_cast<uint64_t*>(rows + n + i), at);
     });
   }
   void read_scales(Acc* out, const CacheView& view, int64_t b, int64_t kv_head, int64_t begin, int count) const {
@@ -309,7 +326,7 @@ class Decode {
   // Scores of a row -> weights, in place.
   void weigh(Scratch& c, int64_t b, int64_t kv_head, int64_t row, int64_t begin, int count) const {
     Acc* const s = c.s + row * kTile;
-    const int padded = static_cast<int>(round_up(count, W));
+    const int padded = static_cast<int>(round_up(count, 2 * W));
     if (p.key_cache.scale) {
       for (int n = 0; n < count; n += W) store(s + n, load(s + n) * load(c.key_scale + n));
     }
@@ -322,19 +339,21 @@ class Decode {
     for (int64_t n = 0; n < seen.lo; n++) s[n] = -std::numeric_limits<Acc>::infinity();
     for (int64_t n = seen.hi; n < padded; n++) s[n] = -std::numeric_limits<Acc>::infinity();
 
-    V top = splat(std::numeric_limits<Acc>::lowest());
-    for (int n = 0; n < padded; n += W) top = max(load(s + n), top);
-    Acc highest = top[0];
-    for (int lane = 1; lane < W; lane++) highest = top[lane] > highest ? top[lane] : highest;
-    Softmax state = c.state[row];
-    c.alpha[row] = state.raise(splat(highest))[0];
-    V sum{};
-    for (int n = 0; n < padded; n += W) {
-      const V w = state.weight(load(s + n));
-      sum += w;
-      store(s + n, p.value_cache.scale ? w * load(c.value_scale + n) : w);
+    V top[2] = {splat(std::numeric_limits<Acc>::lowest()), splat(std::numeric_limits<Acc>::lowest())}, sum[2] = {};
+    for (int n = 0; n < padded; n += 2 * W) {
+      UNROLL for (int i = 0; i < 2; i++) top[i] = max(load(s + n + i * W), top[i]);
     }
-    state.add(sum);
+    Softmax state = c.state[row];
+    c.alpha[row] = state.raise(max_of_lanes<Acc>(max(top[0], top[1])))[0];
+    for (int n = 0; n < padded; n += 2 * W) {
+      UNROLL for (int i = 0; i < 2; i++) {
+        Acc* const at = s + n + i * W;
+        const V w = state.weight(load(at));
+        sum[i] += w;
+        store(at, p.value_cache.scale ? w * load(c.value_scale + n + i * W) : w);
+      }
+    }
+    state.add(sum[0] + sum[1]);
     c.state[row] = state;
   }
   void add_alibi(Acc* s, int64_t b, int64_t kv_head, int64_t row, int64_t begin, int count) const {

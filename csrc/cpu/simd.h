@@ -255,19 +255,34 @@ INLINE void transpose<float>(Vec<float> (&a)[16]) {
 }
 #endif
 
-// Lane i of the result is the sum of the lanes of a[i]: half as many shuffles as transposing and adding.
-template <class E>
-INLINE Vec<E> sums_of_lanes(const Vec<E>* vectors) {
-  constexpr int n = kLanes<E>;
-  using Sequence = std::make_integer_sequence<int, n>;
-  Vec<E> a[n];
-  UNROLL for (int i = 0; i < n; i++) a[i] = vectors[i];
-  UNROLL for (int half = n / 2; half > 0; half /= 2) {
-    UNROLL for (int i = 0; i < half; i++) {
-      a[i] = interleave_low<E>(a[i], a[i + half], Sequence{}) + interleave_high<E>(a[i], a[i + half], Sequence{});
+// Lane i is lane i + Apart of a, or lane i - Apart of b where i has the bit Apart.
+template <class E, int Apart, int... I>
+INLINE Vec<E> lanes_across(Vec<E> a, Vec<E> b, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(a, b, (I & Apart ? kLanes<E> + I - Apart : I + Apart)...);
+}
+template <class E, int Apart, int... I>
+INLINE Vec<E> sums_of_pairs(Vec<E> a, Vec<E> b, std::integer_sequence<int, I...> lanes) {
+  return __builtin_shufflevector(a, b, (I & Apart ? kLanes<E> + I : I)...) + lanes_across<E, Apart>(a, b, lanes);
+}
+// Lane i of the result is the sum of the lanes of a[i].  Two vectors become one by a blend, a shuffle and a sum: only one
+// port of x86 shuffles wide vectors, two blend and add.
+template <class E, int Apart = kLanes<E> / 2>
+INLINE Vec<E> sums_of_lanes(const Vec<E>* a) {
+  if constexpr (Apart == 0) {
+    return a[0];
+  } else {
+    Vec<E> sums[Apart];
+    UNROLL for (int i = 0; i < Apart; i++) {
+      sums[i] = sums_of_pairs<E, Apart>(a[i], a[i + Apart], std::make_integer_sequence<int, kLanes<E>>{});
     }
+    return sums_of_lanes<E, Apart / 2>(sums);
   }
-  return a[0];
+}
+// The largest lane, in every lane.
+template <class E, int Apart = kLanes<E> / 2>
+INLINE Vec<E> max_of_lanes(Vec<E> a) {
+  if constexpr (Apart == 0) return a;
+  else return max_of_lanes<E, Apart / 2>(max(a, lanes_across<E, Apart>(a, a, std::make_integer_sequence<int, kLanes<E>>{})));
 }
 
 // kLanes bytes as integers.
