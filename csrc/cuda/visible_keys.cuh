@@ -23,7 +23,8 @@ struct BlockRow {
 
   DEVICE BlockRow(const MaskParams::BlockLists& blocks, int batch, int head, int query) {
     const int64_t* row = blocks.row(batch, head, 0) + query / blocks.query_block;
-    begin = static_cast<int>(max_i64(row[0], 0)), end = static_cast<int>(min_i64(row[1], blocks.entries));
+    begin = static_cast<int>(min_i64(max_i64(row[0], 0), blocks.entries));
+    end = static_cast<int>(max_i64(0, min_i64(row[1], blocks.entries)));
   }
 };
 
