@@ -2,18 +2,21 @@
 # make test   run every test
 # Both need python3, g++ and make; everything else goes into .venv.
 # Also: build, wheel, bench, cpp-test, lint, clean.
+# With CUDA kernels (docs/cuda.md): ATTN_EXT_CUDA=1 ATTN_EXT_CUDA_ARCHS=native make clean build
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 EXTENSION := attn_ext/_C.abi3.so
-SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl')
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu*' -o -name '*.def')
 
 # torch is pinned in every installation: an unpinned one may be replaced by another build of gigabytes.
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export HF_HUB_OFFLINE := 1
+# nvcc takes minutes: not unless asked for.  The tests build the CUDA kernels on their own.
+export ATTN_EXT_CUDA ?= 0
 
 .PHONY: build demo test cpp-test wheel bench lint clean
 
@@ -44,7 +47,7 @@ clean:
 	rm -rf build dist attn_ext.egg-info $(EXTENSION)
 
 # The first build happens inside the editable installation; later ones compile only what changed.
-$(EXTENSION): $(SOURCES) setup.py | $(VENV)/package.stamp
+$(EXTENSION): $(SOURCES) setup.py tools/cuda_build.py | $(VENV)/package.stamp
 	$(BIN)/python setup.py --quiet build_ext --inplace
 	touch $@
 

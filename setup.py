@@ -1,18 +1,26 @@
 """Builds attn_ext._C; everything else about the package is in pyproject.toml."""
 
+import os
 import platform
 import resource
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from setuptools import setup
 from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths
 
 ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT))  # where pip builds, it is not there by itself
+from tools import cuda_build  # noqa: E402
+
 SOURCES = sorted(
     str(path.relative_to(ROOT))
     for pattern in ("csrc/bindings/*.cpp", "csrc/cpu/*.cpp", "csrc/cpu/isa/*.cpp")
     for path in ROOT.glob(pattern)
-    if platform.machine() == "x86_64" or not path.name.startswith("avx")
+    if (platform.machine() == "x86_64" or not path.name.startswith("avx"))
+    and path.name not in ("cuda.cpp", "emulated.cpp")  # with CUDA; in the tests
 )
 HEADERS = sorted(
     str(path.relative_to(ROOT)) for suffix in ("h", "inl") for path in ROOT.glob(f"csrc/**/*.{suffix}")
@@ -34,15 +42,31 @@ COMPILE_ARGS = [
 ]
 
 
-class TimedBuildExtension(BuildExtension):
-    """Says what the build cost: a budget that grows unseen is the usual fate of extensions."""
+@contextmanager
+def timed(what: str) -> Iterator[None]:
+    """Says what a part of the build cost: a budget that grows unseen is the usual fate of extensions."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    yield
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    print(f"compiled {what} in {seconds:.1f} CPU seconds")
+
+
+class BuildExtensionWithCuda(BuildExtension):
+    """Adds the CUDA kernels, where they are wanted: torch's CUDAExtension would ask for a torch with CUDA."""
 
     def build_extensions(self) -> None:
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        super().build_extensions()
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-        print(f"compiled attn_ext._C in {seconds:.1f} CPU seconds")
+        (extension,) = self.extensions
+        toolchain = cuda_build.choose(os.environ)
+        if toolchain is not None:
+            with timed(f"the CUDA kernels for {', '.join(toolchain.archs)}"):
+                directory = Path(self.build_temp) / "cuda"
+                objects = cuda_build.compile_kernels(toolchain, ROOT, directory, os.environ)
+            extension.sources.append("csrc/bindings/cuda.cpp")
+            extension.extra_objects += map(str, objects)
+            extension.extra_link_args += cuda_build.link_flags()
+        with timed(extension.name):
+            super().build_extensions()
 
 
 setup(
@@ -57,6 +81,6 @@ setup(
             py_limited_api=True,
         )
     ],
-    cmdclass={"build_ext": TimedBuildExtension},
+    cmdclass={"build_ext": BuildExtensionWithCuda},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

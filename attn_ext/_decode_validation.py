@@ -44,6 +44,8 @@ def check_attention_decode(
     num_splits: Any,
 ) -> None:
     _check_tensor("query", query, FLOAT_DTYPES, query)
+    if query.device.type == "cuda":
+        raise NotImplementedError(f"attention_decode has no kernels for CUDA, and query is on {query.device}")
     if query.dim() != 4:
         raise ValueError(f"query must be (B, H, L, D), got shape {tuple(query.shape)}")
     batch, heads, _, head_dim = query.shape

@@ -36,6 +36,7 @@ _call_boxed = torch._C._dispatch_call_boxed
 _is_key_excluded = torch._C._dispatch_tls_is_dispatch_key_excluded
 _set_key_excluded = torch._C._dispatch_tls_set_dispatch_key_excluded
 _AUTOGRAD_CPU = torch._C.DispatchKey.AutogradCPU
+_AUTOGRAD_CUDA = torch._C.DispatchKey.AutogradCUDA
 _is_functorch_active = torch._C._are_functorch_transforms_active
 _has_torch_function = torch.overrides.has_torch_function_variadic
 _is_grad_enabled = torch.is_grad_enabled
@@ -128,13 +129,14 @@ def _call_past_autograd(handle: Any, args: tuple[Any, ...]) -> Any:
     Excluding one key by hand is cheaper than the guard that excludes all autograd keys; those of other
     devices reach the kernel.
     """
-    if _is_key_excluded(_AUTOGRAD_CPU):  # as in inference mode
+    key = _AUTOGRAD_CUDA if args[0].is_cuda else _AUTOGRAD_CPU
+    if _is_key_excluded(key):  # as in inference mode
         return _call_boxed(handle, *args)
-    _set_key_excluded(_AUTOGRAD_CPU, True)
+    _set_key_excluded(key, True)
     try:
         return _call_boxed(handle, *args)
     finally:
-        _set_key_excluded(_AUTOGRAD_CPU, False)
+        _set_key_excluded(key, False)
 
 
 def _call_below_autograd(operator: Any, *args: Any) -> Any:
@@ -356,7 +358,15 @@ class _AttentionBackward(_Function):
         return Inputs(query, key, value, options.bias, options.sinks, grad_out, grad_lse), options
 
 
-_apply_attention = _Attention.apply
+def _apply_attention(*args: Any) -> tuple[Tensor, ...]:
+    if args[0].is_cuda:
+        raise NotImplementedError(
+            "derivatives of attention are not implemented on CUDA: call it under torch.no_grad(), or with "
+            "tensors that do not require grad"
+        )
+    return _Attention.apply(*args)
+
+
 _apply_attention_backward = _AttentionBackward.apply
 
 

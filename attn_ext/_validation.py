@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import _C
 from ._packing import Packing
 from .block_mask import BlockMask
 from .masks import FLOAT_DTYPES, Dense, KeyLengths, Mask, Segments, from_causal_bias, is_causal_bias
@@ -208,8 +209,7 @@ def _check_cu_seqlens(name: str, cu_seqlens: Any, max_seqlen: Any, tokens: Tenso
         isinstance(max_seqlen, bool) or not isinstance(max_seqlen, (int, torch.SymInt))
     ):
         raise TypeError(f"{longest} must be an int or None, got {type(max_seqlen).__name__}")
-    # The values of a tensor that is being traced are not there to look at.
-    if torch.compiler.is_compiling():
+    if not _is_readable(cu_seqlens):
         return
     begin, end = int(cu_seqlens[0]), int(cu_seqlens[-1])
     if begin != 0 or end != tokens.shape[0]:
@@ -229,10 +229,14 @@ def _check_key_lengths(lengths: Tensor, batch: int, kv_len: int | Tensor) -> Non
         raise ValueError(
             f"mask KeyLengths must hold one length per batch entry, {batch}, got {lengths.shape[0]}"
         )
-    # The values of a tensor that is being traced are not there to look at.
-    if not torch.compiler.is_compiling() and ((lengths < 0) | (lengths > kv_len)).any():
+    if _is_readable(lengths) and ((lengths < 0) | (lengths > kv_len)).any():
         most = kv_len.tolist() if isinstance(kv_len, Tensor) else kv_len
         raise ValueError(f"mask KeyLengths must hold lengths from 0 to {most}, got {lengths.tolist()}")
+
+
+def _is_readable(tensor: Tensor) -> bool:
+    """Whether to look at the numbers: those of another device would be waited for, and kernels check them."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _check_is_mask(mask: Any) -> None:
@@ -350,6 +354,18 @@ def _check_tensors(query: Any, key: Any, value: Any) -> None:
             raise ValueError(f"{name} must be on the device of query, {query.device}, got {tensor.device}")
         if _dtype_in_kernel(tensor) != _dtype_in_kernel(query):
             raise TypeError(f"{name} must have the dtype of query, {query.dtype}, got {tensor.dtype}")
+    if query.device.type == "cuda":
+        _check_cuda(query)
+
+
+def _check_cuda(query: Tensor) -> None:
+    if query.dtype == torch.float64:
+        raise NotImplementedError("query must be float32, float16 or bfloat16 on CUDA, got torch.float64")
+    if not torch.compiler.is_compiling() and _C.build_info()["cuda"] is None:
+        raise NotImplementedError(
+            f"query is on {query.device}, and attn_ext was built without CUDA: build it where nvcc is, with "
+            "ATTN_EXT_CUDA=1"
+        )
 
 
 def _check_strided(name: str, tensor: Tensor) -> None:
@@ -425,6 +441,8 @@ def _check_dense_mask(name: str, mask: Any, scores: tuple[int, ...], device: tor
             f"{name} must be bool (True = attend), or float32, float64, float16 or bfloat16 (added to "
             f"the scores), got {mask.dtype}"
         )
+    if mask.dtype == torch.float64 and device.type == "cuda":
+        raise NotImplementedError(f"{name} must be bool, float32, float16 or bfloat16 on CUDA, got float64")
     if mask.device != device:
         raise ValueError(f"{name} must be on the device of query, {device}, got {mask.device}")
     trailing = scores[len(scores) - mask.dim() :] if 1 <= mask.dim() <= len(scores) else None

@@ -58,7 +58,7 @@ def collect() -> dict[str, Any]:
             },
             "threads": torch.get_num_threads(),
         },
-        "cuda": {"compiled": build["cuda"], "archs": list(build["cuda_archs"])},
+        "cuda": {"version": build["cuda"], "archs": list(build["cuda_archs"])},
         "environment": {name: os.environ.get(name) for name in ENVIRONMENT},
         "self_check": self_check(),
     }
@@ -67,9 +67,7 @@ def collect() -> dict[str, Any]:
 def to_text(info: dict[str, Any]) -> str:
     """The values of `collect` as aligned lines."""
     isa, check = info["cpu"]["isa"], info["self_check"]
-    cuda = (
-        f"compiled for {', '.join(info['cuda']['archs'])}" if info["cuda"]["compiled"] else "not compiled in"
-    )
+    cuda = info["cuda"]
     lines = {
         "attn_ext": info["attn_ext"],
         "Python": info["python"],
@@ -81,7 +79,9 @@ def to_text(info: dict[str, Any]) -> str:
         )
         + "   [in use] (not supported by this machine)",
         "threads": info["cpu"]["threads"],
-        "CUDA": cuda,
+        "CUDA": "not compiled in"
+        if cuda["version"] is None
+        else f"{cuda['version']}, for compute capability {', '.join(cuda['archs'])}",
         **{name: value if value is not None else "not set" for name, value in info["environment"].items()},
         "self-check": f"{'passed' if check['passed'] else 'FAILED'}, largest error {check['max_error']:.1e}",
     }

@@ -19,7 +19,7 @@ IMPORT_BUDGET = 0.150  # seconds beyond `import torch`
 # Layering
 
 
-@pytest.mark.parametrize("directory", ["core", "cpu", "emulation"])
+@pytest.mark.parametrize("directory", ["core", "cpu", "cuda", "emulation"])
 def test_kernels_know_nothing_of_torch_and_python(directory: str) -> None:
     offending = [
         f"{path.relative_to(ROOT)}: {line}"

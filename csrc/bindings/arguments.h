@@ -34,7 +34,11 @@ void give(StableIValue* stack, Tensors&... results) {
 }
 
 inline void check_cpu(const Tensor& tensor, const char* name) {
-  STD_TORCH_CHECK(tensor.on_cpu(), name, " must be a CPU tensor, as query is");
+  STD_TORCH_CHECK(tensor.device() == cpu(), name, " must be a CPU tensor, as query is");
+}
+
+inline void check_device(const Tensor& tensor, const char* name, Device device) {
+  STD_TORCH_CHECK(tensor.device() == device, name, " must be on the device of query");
 }
 
 inline void check_dim(const Tensor& tensor, const char* name, int64_t dim) {
@@ -61,16 +65,16 @@ inline DType compute_dtype(const Tensor& query) {
 inline DType statistics_dtype(DType dtype) { return dtype == DType::float64 ? DType::float64 : DType::float32; }
 
 // (batch or 1, length)
-inline void check_rows(const Tensor& tensor, const char* name, int64_t batch, int64_t length) {
-  check_cpu(tensor, name);
+inline void check_rows(const Tensor& tensor, const char* name, Device device, int64_t batch, int64_t length) {
+  check_device(tensor, name, device);
   check_dim(tensor, name, 2);
   STD_TORCH_CHECK((tensor.size(0) == 1 || tensor.size(0) == batch) && tensor.size(1) == length, name, " must be (",
                   batch, " or 1, ", length, "), got ", shape_string(tensor));
 }
 
 // In double, which `sinks` owns from then on.
-inline const double* checked_sinks(Tensor& sinks, const AttentionShape& shape) {
-  check_cpu(sinks, "sinks");
+inline const double* checked_sinks(Tensor& sinks, const AttentionShape& shape, Device device) {
+  check_device(sinks, "sinks", device);
   check_shape(sinks, "sinks", {shape.heads});
   sinks = contiguous(converted(std::move(sinks), DType::float64));
   return static_cast<const double*>(sinks.data());

@@ -211,12 +211,12 @@ struct DecodeInputs {
   }
   void check_terms(DecodeParams& p) {
     if (alibi_slopes) {
-      check_rows(alibi_slopes, "alibi_slopes", p.shape.batch, p.shape.heads);
+      check_rows(alibi_slopes, "alibi_slopes", cpu(), p.shape.batch, p.shape.heads);
       alibi_slopes = contiguous(converted(std::move(alibi_slopes), DType::float64));
       p.score.alibi_slopes = static_cast<const double*>(alibi_slopes.data());
       p.score.alibi_stride_batch = alibi_slopes.size(0) == 1 ? 0 : p.shape.heads;
     }
-    if (sinks) p.score.sinks = checked_sinks(sinks, p.shape);
+    if (sinks) p.score.sinks = checked_sinks(sinks, p.shape, cpu());
   }
 
   void check_lengths(DecodeParams& p) {
@@ -278,7 +278,8 @@ void attention_decode(StableIValue* stack, uint64_t, uint64_t) {
   inputs.check(params);
   const AttentionShape& shape = params.shape;
   Tensor out = empty_in_order_of(inputs.query, {shape.batch, shape.heads, shape.query_len, shape.value_dim});
-  Tensor lse = empty({shape.batch, shape.heads, shape.query_len}, {0, 1, 2}, torch_dtype(statistics_dtype(params.dtype)));
+  const int32_t statistics = torch_dtype(statistics_dtype(params.dtype));
+  Tensor lse = empty({shape.batch, shape.heads, shape.query_len}, {0, 1, 2}, statistics, cpu());
   params.out = view(out);
   params.lse = lse.data();
   cpu::kernel_table().decode[static_cast<int>(params.dtype)](params, torch_executor());

@@ -10,6 +10,7 @@
 #include <string>
 
 #include "cpu/kernel_table.h"
+#include "cuda/build.h"
 
 #ifdef __clang__
 #define COMPILER_NAME ""  // __VERSION__ says it
@@ -21,6 +22,7 @@ namespace {
 
 using attn_ext::cpu::Isa;
 namespace cpu = attn_ext::cpu;
+namespace cuda = attn_ext::cuda;
 
 constexpr const char* kIsaVariable = "ATTN_EXT_ISA";
 
@@ -83,9 +85,27 @@ PyObject* isa_select(PyObject*, PyObject* argument) {
   Py_RETURN_NONE;
 }
 
+// "13.0", or None; and the compute capabilities, like "9.0".
+PyObject* cuda_version() {
+  if (!&cuda::kBuild) Py_RETURN_NONE;
+  return PyUnicode_FromFormat("%d.%d", cuda::kBuild.major, cuda::kBuild.minor);
+}
+
+PyObject* cuda_archs() {
+  Py_ssize_t count = 0;
+  while (&cuda::kBuild && count < cuda::Build::kMaxArchs && cuda::kBuild.archs[count]) ++count;
+  PyObject* archs = PyTuple_New(count);
+  for (Py_ssize_t i = 0; archs && i < count; ++i) {
+    const int arch = cuda::kBuild.archs[i] / 10;
+    PyObject* name = PyUnicode_FromFormat("%d.%d", arch / 10, arch % 10);
+    if (!name || PyTuple_SetItem(archs, i, name) < 0) Py_CLEAR(archs);
+  }
+  return archs;
+}
+
 PyObject* build_info(PyObject*, PyObject*) {
-  return Py_BuildValue("{s:s,s:s,s:l,s:O,s:()}", "torch", TORCH_VERSION, "compiler", COMPILER_NAME __VERSION__,
-                       "cxx_standard", static_cast<long>(__cplusplus), "cuda", Py_False, "cuda_archs");
+  return Py_BuildValue("{s:s,s:s,s:l,s:N,s:N}", "torch", TORCH_VERSION, "compiler", COMPILER_NAME __VERSION__,
+                       "cxx_standard", static_cast<long>(__cplusplus), "cuda", cuda_version(), "cuda_archs", cuda_archs());
 }
 
 PyMethodDef methods[] = {

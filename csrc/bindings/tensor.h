@@ -24,6 +24,13 @@ inline int32_t torch_dtype(DType dtype) {
   return codes[static_cast<int>(dtype)];
 }
 
+struct Device {
+  int32_t type, index;
+
+  bool operator==(const Device&) const = default;
+};
+inline Device cpu() { return {aoti_torch_device_type_cpu(), 0}; }
+
 // Owns one reference to a tensor, or none.  torch::stable::Tensor does so through a shared_ptr, whose control
 // block costs an allocation per tensor and call.
 class Tensor {
@@ -45,12 +52,18 @@ class Tensor {
   int64_t size(int d) const { return sizes_[d]; }
   int64_t stride(int d) const { return strides_[d]; }
   const int64_t* sizes() const { return sizes_; }
+  int64_t elements() const {
+    int64_t elements = 1;
+    for (int d = 0; d < dim_; ++d) elements *= sizes_[d];
+    return elements;
+  }
   int32_t dtype_code() const { return dtype_; }
   bool is(DType dtype) const { return dtype_ == torch_dtype(dtype); }
-  bool on_cpu() const {
-    int32_t device = -1;
-    aoti_torch_get_device_type(get(), &device);
-    return device == aoti_torch_device_type_cpu();
+  Device device() const {
+    Device device{-1, 0};
+    aoti_torch_get_device_type(get(), &device.type);
+    if (device.type != cpu().type) aoti_torch_get_device_index(get(), &device.index);
+    return device;
   }
   bool is_contiguous() const {
     bool contiguous = false;
@@ -84,9 +97,9 @@ inline std::string shape_string(const int64_t* sizes, int64_t dim) {
 
 inline std::string shape_string(const Tensor& tensor) { return shape_string(tensor.sizes(), tensor.dim()); }
 
-// An uninitialised CPU tensor whose memory order is `order`, outermost dimension first.
+// An uninitialised tensor whose memory order is `order`, outermost dimension first.
 template <int N>
-Tensor empty(const int64_t (&sizes)[N], const int (&order)[N], int32_t dtype_code) {
+Tensor empty(const int64_t (&sizes)[N], const int (&order)[N], int32_t dtype_code, Device device) {
   int64_t strides[N];
   int64_t elements = 1;
   bool overflow = false;
@@ -95,8 +108,8 @@ Tensor empty(const int64_t (&sizes)[N], const int (&order)[N], int32_t dtype_cod
     overflow |= __builtin_mul_overflow(elements, std::max<int64_t>(sizes[order[k]], 1), &elements);
   }
   AtenTensorHandle handle = nullptr;
-  const bool allocated = !overflow && aoti_torch_empty_strided(N, sizes, strides, dtype_code, aoti_torch_device_type_cpu(),
-                                                               0, &handle) == TORCH_SUCCESS;
+  const bool allocated = !overflow && aoti_torch_empty_strided(N, sizes, strides, dtype_code, device.type, device.index,
+                                                               &handle) == TORCH_SUCCESS;
   STD_TORCH_CHECK(allocated, "not enough memory for a tensor of shape ", shape_string(sizes, N));
   return Tensor(handle);
 }
@@ -105,8 +118,8 @@ Tensor empty(const int64_t (&sizes)[N], const int (&order)[N], int32_t dtype_cod
 // lie, as in `x.view(B, L, H, D).transpose(1, 2)`, so that transposing the result back is free too.
 inline Tensor empty_in_order_of(const Tensor& model, const int64_t (&sizes)[4]) {
   const bool rows_outside_heads = model.size(1) > 1 && model.size(2) > 1 && model.stride(1) < model.stride(2);
-  return rows_outside_heads ? empty(sizes, {0, 2, 1, 3}, model.dtype_code())
-                            : empty(sizes, {0, 1, 2, 3}, model.dtype_code());
+  return rows_outside_heads ? empty(sizes, {0, 2, 1, 3}, model.dtype_code(), model.device())
+                            : empty(sizes, {0, 1, 2, 3}, model.dtype_code(), model.device());
 }
 
 // A contiguous copy; not a clone, which would keep the order of a dense tensor.
@@ -118,8 +131,9 @@ inline Tensor copied(const Tensor& tensor, int32_t dtype_code) {
     strides[d] = elements;
     elements *= std::max<int64_t>(tensor.size(static_cast<int>(d)), 1);
   }
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(tensor.dim(), tensor.sizes(), strides, dtype_code,
-                                                         aoti_torch_device_type_cpu(), 0, &copy));
+  const Device device = tensor.device();
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(tensor.dim(), tensor.sizes(), strides, dtype_code, device.type,
+                                                         device.index, &copy));
   Tensor result(copy);
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(result.get(), tensor.get(), 0));
   return result;
@@ -132,25 +146,42 @@ inline Tensor converted(Tensor tensor, DType dtype) {
 }
 
 // No elements.
-inline Tensor nothing(DType dtype) { return empty({0}, {0}, torch_dtype(dtype)); }
+inline Tensor nothing(DType dtype, Device device) { return empty({0}, {0}, torch_dtype(dtype), device); }
 
-// Kernels read rows of adjacent columns.  Any other 4-D tensor is copied, its broadcast (stride 0) dimensions once.
-inline Tensor with_adjacent_columns(Tensor tensor) {
-  if (tensor.size(3) <= 1 || tensor.stride(3) == 1) return tensor;
+// Another view of the memory of a tensor.
+template <int N>
+Tensor reinterpreted(const Tensor& tensor, const int64_t (&sizes)[N], const int64_t (&strides)[N]) {
+  AtenTensorHandle handle = nullptr;  // its offset counts from the start of `tensor`, not of the storage
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(tensor.get(), N, sizes, strides, 0, &handle));
+  return Tensor(handle);
+}
+
+// A copy of a 4-D tensor, with adjacent columns; of dimensions that are broadcast (stride 0), once.  The number of columns
+// becomes a multiple of `unit`: those that are new are 0.
+inline Tensor copied_rows(const Tensor& tensor, int64_t unit = 1) {
   int64_t sizes[4], strides[4];
   for (int d = 0; d < 4; ++d) {
     sizes[d] = d < 3 && tensor.stride(d) == 0 ? std::min<int64_t>(tensor.size(d), 1) : tensor.size(d);
     strides[d] = tensor.stride(d);
   }
-  AtenTensorHandle handle = nullptr;  // its offset counts from the start of `tensor`, not of the storage
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(tensor.get(), 4, sizes, strides, 0, &handle));
-  const Tensor source(handle);
-  const Tensor copy = empty(sizes, {0, 1, 2, 3}, tensor.dtype_code());
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(copy.get(), source.get(), 0));
+  const Tensor source = reinterpreted(tensor, sizes, strides);
+  const int64_t columns = (sizes[3] + unit - 1) / unit * unit;
+  const Tensor copy = empty({sizes[0], sizes[1], sizes[2], columns}, {0, 1, 2, 3}, tensor.dtype_code(), tensor.device());
+  if (columns != sizes[3]) STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_zero_(copy.get()));
+  for (int d = 0; d < 4; ++d) strides[d] = copy.stride(d);
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(reinterpreted(copy, sizes, strides).get(), source.get(), 0));
 
-  for (int d = 0; d < 4; ++d) strides[d] = sizes[d] == tensor.size(d) ? copy.stride(d) : 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(copy.get(), 4, tensor.sizes(), strides, 0, &handle));
-  return Tensor(handle);
+  for (int d = 0; d < 3; ++d) {
+    if (sizes[d] != tensor.size(d)) strides[d] = 0;
+    sizes[d] = tensor.size(d);
+  }
+  sizes[3] = columns;
+  return reinterpreted(copy, sizes, strides);
+}
+
+// Kernels read rows of adjacent columns.
+inline Tensor with_adjacent_columns(Tensor tensor) {
+  return tensor.size(3) <= 1 || tensor.stride(3) == 1 ? std::move(tensor) : copied_rows(tensor);
 }
 
 inline TensorView view(const Tensor& tensor) {

@@ -10,6 +10,7 @@
 // 0, and no step ever computes inf - inf; a row whose scores are all masked ends with l = 0.
 #pragma once
 #include <limits>
+#include <type_traits>
 
 #include "core/host_device.h"
 
@@ -92,9 +93,11 @@ struct RowStatistics {
 // still a row (all its keys weigh the same), only -inf removes a key.
 template <class Scalar, class T>
 ATTN_HD Scalar bias_in_log2(T value) {
-  constexpr T limit = RowStatistics<Scalar>::largest(), infinity = std::numeric_limits<T>::infinity();
-  if (value != infinity && value != -infinity) value = value > limit ? limit : value < -limit ? -limit : value;
-  return RowStatistics<Scalar>::to_log2(static_cast<Scalar>(value));
+  using Wide = std::common_type_t<Scalar, T>;
+  constexpr Wide limit = RowStatistics<Scalar>::largest(), infinity = std::numeric_limits<T>::infinity();
+  Wide wide = value;
+  if (wide != infinity && wide != -infinity) wide = wide > limit ? limit : wide < -limit ? -limit : wide;
+  return RowStatistics<Scalar>::to_log2(static_cast<Scalar>(wide));
 }
 
 }  // namespace attn_ext

@@ -4,7 +4,9 @@
 namespace attn_ext::cpu {
 namespace {
 
-// See bias_in_log2 of core/online_softmax.h.
+using attn_ext::bias_in_log2;
+
+// The same of vectors.
 template <class Acc>
 INLINE Vec<Acc> bias_in_log2(Vec<Acc> value) {
   const Vec<Acc> limit = splat(RowStatistics<Acc>::largest());

@@ -60,11 +60,20 @@ class FmaProducts {
 
   // Four neighbouring columns of 16 for two blocks, unlike on the tensor cores: what one load brings.
   DEVICE static int column(int j, int e) { return 16 * (j / 2) + lane_index() % 4 * 4 + 2 * (j % 2) + e; }
+  // Neighbouring rows write to different halves of 128 bytes at a time, and so to all banks.
   template <class Staging, int DJ>
   DEVICE static void stage(unsigned char* tile, int row, const float (&acc)[DJ][4], int h) {
-    UNROLL for (int j = 0; j < DJ; j += 2)
-      *reinterpret_cast<float4*>(tile + Staging::at(row, j * 2 + lane_index() % 4)) =
-          make_float4(acc[j][2 * h], acc[j][2 * h + 1], acc[j + 1][2 * h], acc[j + 1][2 * h + 1]);
+    static_assert(DJ % 4 == 0);
+    const bool odd = row % 2;
+    UNROLL for (int j = 0; j < DJ; j += 4)
+      UNROLL for (int turn = 0; turn < 2; ++turn) {
+        const bool second = odd != (turn == 1);
+        float4 v;
+        v.x = second ? acc[j + 2][2 * h] : acc[j][2 * h], v.y = second ? acc[j + 2][2 * h + 1] : acc[j][2 * h + 1];
+        v.z = second ? acc[j + 3][2 * h] : acc[j + 1][2 * h], v.w = second ? acc[j + 3][2 * h + 1] : acc[j + 1][2 * h + 1];
+        const int chunk = (j + 2 * second) * 2 + lane_index() % 4;
+        *reinterpret_cast<float4*>(tile + Staging::at(row, chunk)) = v;
+      }
   }
 };
 

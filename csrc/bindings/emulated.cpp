@@ -1,0 +1,92 @@
+// The CUDA kernels as operators of CPU tensors, torch.ops.attn_ext_emulated.*: run by the emulator (emulation/emulator.h),
+// called as bindings/cuda.cpp calls them.  For tests; no wheel has it.
+#include <cstring>
+
+#include "bindings/aligned_forward.h"
+#include "cuda/variant.h"
+
+namespace attn_ext::cuda {
+#define FORWARD(name, ...) extern const ForwardVariant forward_##name;
+#include "core/variants.def"
+#undef FORWARD
+}  // namespace attn_ext::cuda
+
+extern "C" {  // emulation/api.cpp
+void attn_ext_emulation_register_memory(const void* pointer, size_t bytes, int access);
+void attn_ext_emulation_forget_memory();
+const char* attn_ext_emulation_report();
+}
+
+namespace attn_ext::bindings {
+namespace {
+
+enum Access : int { kReadOnly = 0, kUndefined = 2 };
+
+const cuda::ForwardVariant* const kVariants[] = {
+#define FORWARD(name, ...) &cuda::forward_##name,
+#include "core/variants.def"
+#undef FORWARD
+};
+
+cuda::Device emulated_device;
+const cuda::ForwardVariant* forced_variant = nullptr;  // null: the selector's choice
+
+// From its first byte to its last: what the storage holds around them is another tensor's.
+void register_tensor(const Tensor& tensor, Access access) {
+  if (!tensor || tensor.elements() == 0) return;
+  int64_t last = 0;
+  for (int d = 0; d < tensor.dim(); ++d) last += (tensor.size(d) - 1) * tensor.stride(d);
+  attn_ext_emulation_register_memory(tensor.data(), (last + 1) * aoti_torch_dtype_element_size(tensor.dtype_code()), access);
+}
+
+struct Emulated {
+  static constexpr Contents kContents = Contents::unchecked;
+
+  static void check_query(const Tensor& query) { check_cpu(query, "query"); }
+  static void run(Inputs& inputs, ForwardParams& params, ForwardResults& results) {
+    run_aligned(inputs, params, results, emulated_device, [&](const ForwardParams& aligned, const ForwardResults& to) {
+      BlockTensors& blocks = inputs.blocks;
+      for (const Tensor* tensor :
+           {&inputs.query, &inputs.key, &inputs.value, &inputs.bias, &inputs.sinks, &inputs.mask, &inputs.key_ranges,
+            &inputs.query_segments, &inputs.kv_segments, &inputs.alibi_slopes, &inputs.alibi_positions, &inputs.dropout_seed,
+            &blocks.offsets, &blocks.indices, &blocks.tiles, &blocks.bits})
+        register_tensor(*tensor, kReadOnly);
+      for (const Tensor* tensor : {&to.out, &to.lse, &to.lse_residual}) register_tensor(*tensor, kUndefined);
+      if (forced_variant) forced_variant->launch(aligned, {.device = emulated_device}, *forced_variant);
+      else cuda::forward(aligned, {.device = emulated_device});
+      attn_ext_emulation_forget_memory();
+      const char* faults = attn_ext_emulation_report();
+      STD_TORCH_CHECK(*faults == '\0', faults);
+    });
+  }
+};
+
+}  // namespace
+}  // namespace attn_ext::bindings
+
+extern "C" {
+
+// The device from now on.
+void attn_ext_emulated_device(int arch, int shared_memory, int processors) {
+  attn_ext::bindings::emulated_device = {.index = 0, .arch = arch, .shared_memory = shared_memory, .processors = processors};
+}
+
+// The kernel from now on: one with this name, and room for the heads it is given; null: the selector decides.  Whether there
+// is one.
+int attn_ext_emulated_force(const char* name) {
+  using namespace attn_ext::bindings;
+  forced_variant = nullptr;
+  for (const auto* variant : kVariants)
+    if (name && std::strcmp(name, variant->name) == 0) forced_variant = variant;
+  return !name || forced_variant != nullptr;
+}
+}
+
+STABLE_TORCH_LIBRARY(attn_ext_emulated, library) {
+  library.def(attn_ext::bindings::kAttentionForward);
+  library.def(attn_ext::bindings::kAttentionOutput);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(attn_ext_emulated, CPU, library) {
+  attn_ext::bindings::implement_forward<attn_ext::bindings::Emulated>(library);
+}
