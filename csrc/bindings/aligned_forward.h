@@ -5,10 +5,11 @@
 
 namespace attn_ext::bindings {
 
-// Whether rows start at multiples of 16 bytes and end there: of `unit` elements.
+// Whether rows start at multiples of 16 bytes and end there: of `unit` elements; and are less than 16 MiB apart.
 inline bool has_aligned_rows(const Tensor& tensor, int64_t unit) {
   for (int d = 0; d < 3; ++d)
     if (tensor.size(d) != 1 && tensor.stride(d) % unit != 0) return false;
+  if (tensor.stride(2) >= unit << 20 && tensor.size(2) > 1) return false;
   return tensor.size(3) % unit == 0 && tensor.stride(3) == 1 && reinterpret_cast<uintptr_t>(tensor.data()) % 16 == 0;
 }
 

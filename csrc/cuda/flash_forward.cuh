@@ -16,7 +16,8 @@ namespace attn_ext::cuda {
 template <class T_, int KeyColumns, int ValueColumns, int M_, int N_, int Warps, bool QueryInRegisters, bool Modified>
 struct ForwardTraits {
   using T = T_;
-  static constexpr int M = M_, N = N_, kThreads = Warps * 32, MI = M / (16 * Warps), NJ = N / 8, DJ = ValueColumns / 8;
+  static constexpr int M = M_, N = N_, kThreads = Warps * 32;
+  static constexpr int MI = M / (16 * Warps), NJ = N / 8, DJ = ValueColumns / 8;  // of a warp's accumulators
   static constexpr bool kQueryInRegisters = QueryInRegisters, kModified = Modified;
   using Query = Tile<T, M, KeyColumns>;
   using Key = Tile<T, N, KeyColumns>;
@@ -64,7 +65,7 @@ __global__ void __launch_bounds__(F::kThreads) flash_forward(const __grid_consta
   products.fetch_query();
 
   TileSoftmax<T, MI> softmax(F::kModified ? 1.f : static_cast<float>(p.score.scale * kLog2E));
-  if (p.score.sinks) softmax.sink(static_cast<float>(p.score.sinks[head] * kLog2E));
+  if (p.score.sinks) softmax.sink(bias_in_log2<float>(p.score.sinks[head]));
   const ScoreTerms<MI> terms(p, batch, head, query0 + row0);
   Accumulators<MI, F::DJ> o;
   clear(o);
@@ -89,7 +90,7 @@ __global__ void __launch_bounds__(F::kThreads) flash_forward(const __grid_consta
     key_copy.whole(shared0 + F::kKeyTile, keys, after, after >= 0);
     cp_async_commit();
 
-    if constexpr (F::kModified) terms.apply(s, n * N);
+    if constexpr (F::kModified) terms.template apply<kPartial>(s, n * N);
     if constexpr (kPartial) hide(s, p, batch, head, query0 + row0, n * N);
     if (!finite) guard.see(s);
     softmax.step(s, o);
@@ -119,7 +120,7 @@ __global__ void __launch_bounds__(F::kThreads) flash_forward(const __grid_consta
   RowStatistics<float> statistics[MI][2];
   softmax.finish(o, static_cast<float>(p.dropout.inverse_keep), statistics);
   const int rows = static_cast<int>(shape.query_len) - query0;
-  if constexpr (F::Out::kPitch != F::Query::kPitch) __syncthreads();  // the warps' rows do not lie where they lay
+  if constexpr (F::kQueryInRegisters && F::Out::kPitch != F::Query::kPitch) __syncthreads();  // the warps' rows do not lie where they lay
   store_rows<typename F::Products, typename F::Out>(o, shared + F::kQueryTile, row0,
                                                     head_of<T>(p.out, batch, head) + query0 * p.out.stride_row,
                                                     p.out.stride_row, rows, static_cast<int>(shape.value_dim));

@@ -28,8 +28,10 @@ void launch(const char* name, int64_t blocks, int threads, int shared_bytes, con
     check(cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes), name);
     prepared |= bit;
   }
-  kKernel<<<static_cast<unsigned>(blocks), threads, shared_bytes, static_cast<cudaStream_t>(stream.handle)>>>(params);
-  check(cudaGetLastError(), name);
+  void* arguments[] = {const_cast<Params*>(&params)};
+  check(cudaLaunchKernel(reinterpret_cast<const void*>(kKernel), dim3(static_cast<unsigned>(blocks)), dim3(threads), arguments,
+                         shared_bytes, static_cast<cudaStream_t>(stream.handle)),
+        name);
 }
 #endif
 

@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "core/dtype.h"
 #include "cuda/platform.h"
@@ -124,7 +125,7 @@ DEVICE float ex2_approx(float x) {
 #endif
 }
 
-// a * b + c, rounded once.  Everything else is compiled without contraction, as on the CPU.
+// a * b + c, rounded once (by the emulator to double first).  Everything else is compiled without contraction, as on the CPU.
 DEVICE float fused(float a, float b, float c) {
 #ifdef ATTN_EXT_EMULATE
   return static_cast<float>(static_cast<double>(a) * b + c);
@@ -153,7 +154,7 @@ DEVICE uint32_t pack(float lo, float hi) {
 #ifdef ATTN_EXT_EMULATE
   return from_float<T>(lo).bits | static_cast<uint32_t>(from_float<T>(hi).bits) << 16;
 #else
-  if constexpr (sizeof(T) == 2 && std::is_same_v<T, Float16>) {
+  if constexpr (std::is_same_v<T, Float16>) {
     return bit_cast<uint32_t>(__floats2half2_rn(lo, hi));
   } else {
     return bit_cast<uint32_t>(__floats2bfloat162_rn(lo, hi));

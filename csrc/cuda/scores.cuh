@@ -28,34 +28,36 @@ class ScoreTerms {
   }
 
   template <class T, int NJ>
-  DEVICE void add_bias(Accumulators<MI, NJ>& s, int64_t key0) const {
+  DEVICE void add_bias(Accumulators<MI, NJ>& s, int key0) const {
     const ConstTensorView& bias = p_.score.bias;
-    const T* const tile = static_cast<const T*>(bias.data) + batch_ * bias.stride_batch + head_ * bias.stride_head;
+    const int column = key0 + lane_index() % 4 * 2, existing = static_cast<int>(p_.shape.kv_len) - column;
+    const T* const first = static_cast<const T*>(bias.data) + batch_ * bias.stride_batch + head_ * bias.stride_head +
+                           column * bias.stride_column;
     UNROLL for (int mi = 0; mi < MI; ++mi)
       UNROLL for (int h = 0; h < 2; ++h) {
-        const T* const row = tile + query(mi, h) * bias.stride_row;
-        UNROLL for (int j = 0; j < NJ; ++j)
+        const T* at = first + query(mi, h) * bias.stride_row;
+        UNROLL for (int j = 0; j < NJ; ++j, at += 8 * bias.stride_column)
           UNROLL for (int e = 0; e < 2; ++e) {
-            const int64_t key = key0 + 8 * j + lane_index() % 4 * 2 + e;
-            if (key >= p_.shape.kv_len) continue;
-            const float value = bias_in_log2<float>(to_float(row[key * bias.stride_column]));
+            if (8 * j + e >= existing) continue;
+            const float value = bias_in_log2<float>(to_float(at[e * bias.stride_column]));
             float& score = s[mi][j][2 * h + e];
             score = value == -INFINITY ? value : score + value;  // what the key is does not matter then
           }
       }
   }
   template <int NJ>
-  DEVICE void subtract_alibi(Accumulators<MI, NJ>& s, int64_t key0) const {
+  DEVICE void subtract_alibi(Accumulators<MI, NJ>& s, int key0) const {
     const ScoreParams& score = p_.score;
+    const double* const slopes = score.alibi_slopes + batch_ * score.alibi_stride_batch + head_ * score.alibi_stride_head;
+    const int column = key0 + lane_index() % 4 * 2;
     UNROLL for (int mi = 0; mi < MI; ++mi)
       UNROLL for (int h = 0; h < 2; ++h) {
         const int64_t i = query(mi, h);
-        const double slope = score.alibi_slopes[batch_ * score.alibi_stride_batch + head_ * score.alibi_stride_head + i * score.alibi_stride_row];
         const int64_t position = score.alibi_positions ? score.alibi_positions[i] : i + p_.shape.kv_len - p_.shape.query_len;
-        const float slope_log2 = static_cast<float>(slope * kLog2E);
-        const int distance = static_cast<int>(position - key0) - lane_index() % 4 * 2;
+        const float slope = static_cast<float>(slopes[i * score.alibi_stride_row]) * static_cast<float>(kLog2E);
+        const float distance = static_cast<float>(position - column);
         UNROLL for (int j = 0; j < NJ; ++j)
-          UNROLL for (int e = 0; e < 2; ++e) s[mi][j][2 * h + e] -= slope_log2 * static_cast<float>(abs(distance - 8 * j - e));
+          UNROLL for (int e = 0; e < 2; ++e) s[mi][j][2 * h + e] -= slope * fabsf(distance - static_cast<float>(8 * j + e));
       }
   }
 
@@ -63,9 +65,9 @@ class ScoreTerms {
   DEVICE ScoreTerms(const AttentionParams& p, int batch, int head, int query0)
       : p_(p), batch_(batch), head_(head), query0_(query0) {}
 
-  // Products become scores in units of log2.
-  template <int NJ>
-  DEVICE void apply(Accumulators<MI, NJ>& s, int64_t key0) const {
+  // Products become scores in units of log2.  Where there is a bias, every tile is partial.
+  template <bool kPartial, int NJ>
+  DEVICE void apply(Accumulators<MI, NJ>& s, int key0) const {
     const ScoreParams& score = p_.score;
     if (score.softcap > 0) {
       const float to_cap = static_cast<float>(score.scale / score.softcap), cap_log2 = static_cast<float>(score.softcap * kLog2E);
@@ -76,17 +78,17 @@ class ScoreTerms {
       const float scale_log2 = static_cast<float>(score.scale * kLog2E);
       for_elements<MI, NJ>([&](int mi, int h, int j, int e) { s[mi][j][2 * h + e] *= scale_log2; });
     }
-    if (score.bias.data) {
-      if (score.bias_dtype == DType::float32) add_bias<float>(s, key0);
-      if (score.bias_dtype == DType::float16) add_bias<Float16>(s, key0);
-      if (score.bias_dtype == DType::bfloat16) add_bias<BFloat16>(s, key0);
+    if constexpr (kPartial) {
+      if (score.bias.data && score.bias_dtype == DType::float32) add_bias<float>(s, key0);
+      if (score.bias.data && score.bias_dtype == DType::float16) add_bias<Float16>(s, key0);
+      if (score.bias.data && score.bias_dtype == DType::bfloat16) add_bias<BFloat16>(s, key0);
     }
     if (score.alibi_slopes) subtract_alibi(s, key0);
   }
 
   // Weights that are dropped become 0.  One call of the generator decides over what a thread holds of 32 keys.
   template <int NJ>
-  DEVICE void drop(Accumulators<MI, NJ>& weights, int64_t key0) const {
+  DEVICE void drop(Accumulators<MI, NJ>& weights, int key0) const {
     const uint64_t seed = p_.dropout.key();
     static_assert(NJ % DropoutIndex::kWords == 0);
     UNROLL for (int mi = 0; mi < MI; ++mi)

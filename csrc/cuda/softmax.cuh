@@ -19,16 +19,20 @@ struct ThreadMath {
   DEVICE static float weight(float x) { return ex2_approx(x); }
 };
 
-// How far below 1 the weights of a row's largest score lie, in powers of two.  Values of bf16 and fp32 may be near the largest
-// number of fp32, and their weighted sum must not overflow.  For bf16 the maximum carries it at no cost; in fp32 that would
-// round the exponents, and weights are multiplied.  Values of fp16 cannot overflow fp32, and fp16 weights need their bits.
+// Weights may grow by so many powers of two before the maximum moves.
+constexpr float kSlack = 8.f;
+
+// How far below 1 the weights of a row's largest score start, in powers of two.  Values of bf16 and fp32 may be near the
+// largest number of fp32, and their weighted sum must not overflow (core/online_softmax.h, kHeadroom).  For bf16 the maximum
+// carries it at no cost; in fp32 that would round the exponents, and weights are multiplied.  Values of fp16 cannot overflow
+// fp32, and fp16 weights need their bits.
 template <class T>
 struct Headroom {
   static constexpr float kExponent = 0.f, kFactor = 1.f;
 };
 template <>
 struct Headroom<BFloat16> {
-  static constexpr float kExponent = 28.f, kFactor = 1.f;
+  static constexpr float kExponent = kHeadroom + kSlack, kFactor = 1.f;
 };
 template <>
 struct Headroom<float> {
@@ -37,16 +41,19 @@ struct Headroom<float> {
 
 template <class T, int MI>
 class TileSoftmax {
-  static constexpr float kSlack = 8.f, kHeadroom = Headroom<T>::kExponent;
+  static constexpr float kExponent = Headroom<T>::kExponent, kFactor = Headroom<T>::kFactor;
   // From here on products of scores are rounded before the maximum is subtracted: the error of one that is not would be a
-  // factor in every weight of the row, and 2^-(half a unit in the last place of 2^30) is none.
+  // factor in every weight of the row.
   static constexpr float kHuge = 1 << 24;
+  // From here on adding the exponent's headroom to the maximum changes nothing, and weights are multiplied.
+  static constexpr float kAbsorbs = 1 << 29;
+  // By how much scores may exceed the maximum before it moves.
+  static constexpr float kBound = kSlack - kExponent;
+
   OnlineSoftmax<float, ThreadMath> row_[MI][2];  // l over this thread's columns
-  // What scores may exceed the maximum by before it moves; none, as long as they are huge.
-  static constexpr float kBound = kSlack - kHeadroom;
-  float bound_ = kBound;
-  const float factor_;      // > 0, what brings scores to units of log2
-  float exponent_factor_;   // what they are multiplied by in the exponent: 1 where they are huge, and multiplied before
+  const float factor_;                           // > 0, what brings scores to units of log2
+  float exponent_factor_;                        // the same, or 1 where scores are huge and multiplied before
+  float bound_ = kBound;                         // -inf while they are: every tile then takes the long way
 
  public:
   DEVICE explicit TileSoftmax(float factor) : factor_(factor), exponent_factor_(factor) {}
@@ -55,7 +62,7 @@ class TileSoftmax {
   DEVICE void sink(float score) {
     UNROLL for (int mi = 0; mi < MI; ++mi)
       UNROLL for (int h = 0; h < 2; ++h) {
-        row_[mi][h].raise(score + kHeadroom);
+        row_[mi][h].raise(score + kExponent);
         if (lane_index() % 4 == 0) row_[mi][h].add(weight(score - row_[mi][h].m));
       }
     if (fabsf(score) > kHuge) bound_ = -INFINITY;
@@ -77,7 +84,6 @@ class TileSoftmax {
       }
     if (__any_sync(kAllLanes, outgrown)) {
       raise(top, o);
-      exponent_factor_ = factor_;
       if (bound_ != kBound) {
         for_elements<MI, NJ>([&](int mi, int h, int j, int e) { s[mi][j][2 * h + e] *= factor_; });
         exponent_factor_ = 1.f;
@@ -88,6 +94,11 @@ class TileSoftmax {
       p = weight(fused(p, exponent_factor_, -row_[mi][h].m));
       row_[mi][h].add(p);
     });
+    if constexpr (kExponent > 0.f) {
+      if (bound_ != kBound) {
+        for_elements<MI, NJ>([&](int mi, int h, int j, int e) { s[mi][j][2 * h + e] *= output_factor(mi, h); });
+      }
+    }
   }
 
   // The output becomes what it is, times `keep`, and is 0 where there was nothing to attend to.
@@ -98,30 +109,37 @@ class TileSoftmax {
         float l = row_[mi][h].l;
         l += __shfl_xor_sync(kAllLanes, l, 1);
         l += __shfl_xor_sync(kAllLanes, l, 2);
-        // The headroom is taken off first, where that is exact: log2(l) is most precise near 0.
-        const float m = row_[mi][h].m;
-        const bool huge = fabsf(m) > kHuge;
-        const float sum = l * ((huge ? 1.f : 1u << static_cast<int>(kHeadroom)) / Headroom<T>::kFactor);
-        statistics[mi][h] = RowStatistics<float>::of(huge ? m : m - kHeadroom, l, log2f(sum));
-        scale_row(o, mi, h, l == 0.f ? 0.f : __fdividef(keep, l));
+        // The exponent's headroom is taken off first: log2(l) is most precise near 0.  That is exact up to huge maxima, whose
+        // last place is more than it.
+        const float m = row_[mi][h].m, headroom = fabsf(m) > kHuge ? 0.f : kExponent;
+        statistics[mi][h] = RowStatistics<float>::of(m - headroom, l, log2f(l / kFactor * exp2f(headroom)));
+        scale_row(o, mi, h, l == 0.f ? 0.f : __fdividef(keep, l * output_factor(mi, h)));
       }
   }
 
  private:
-  DEVICE static float weight(float x) { return ThreadMath::weight(x) * Headroom<T>::kFactor; }
+  DEVICE static float weight(float x) { return ThreadMath::weight(x) * kFactor; }
+  // What weights are multiplied by for the output's sake, beyond what l knows.
+  DEVICE float output_factor(int mi, int h) const {
+    return kExponent > 0.f && fabsf(row_[mi][h].m) > kAbsorbs ? 0x1p-28f : 1.f;
+  }
   template <int DJ>
   DEVICE static void scale_row(Accumulators<MI, DJ>& o, int mi, int h, float factor) {
     UNROLL for (int j = 0; j < DJ; ++j) o[mi][j][2 * h] *= factor, o[mi][j][2 * h + 1] *= factor;
   }
+  // Rows decide for themselves, so that what they are does not depend on their neighbours.
   template <int DJ>
   DEVICE void raise(const float (&top)[MI][2], Accumulators<MI, DJ>& o) {
     bool huge = false;
     UNROLL for (int mi = 0; mi < MI; ++mi)
       UNROLL for (int h = 0; h < 2; ++h) {
-        scale_row(o, mi, h, row_[mi][h].raise(top[mi][h] * factor_ + kHeadroom));
+        const float score = top[mi][h] * factor_;
+        const bool grows = fused(top[mi][h], factor_, -row_[mi][h].m) > kBound || fabsf(score) > kHuge;
+        scale_row(o, mi, h, row_[mi][h].raise(grows ? score + kExponent : -INFINITY));
         huge |= row_[mi][h].m != std::numeric_limits<float>::lowest() && fabsf(row_[mi][h].m) > kHuge;
       }
     bound_ = __any_sync(kAllLanes, huge) ? -INFINITY : kBound;
+    exponent_factor_ = factor_;
   }
 };
 

@@ -35,25 +35,25 @@ class VisibleKeys {
   static constexpr int kElements = N / 4;
   const AttentionParams& p_;
   int batch_, head_;
-  int key0_;
+  int key0_, keys_;  // the tile's first key, and how many exist of it
 
   // Elements whose keys are below `end`, counted from the thread's first column.
   DEVICE static uint32_t below(int end) {
     const int count = (end >> 3) * 2 + min(end & 7, 2);
     return static_cast<uint32_t>((uint64_t{1} << min(max(count, 0), kElements)) - 1);
   }
-  // The bits for whose keys, counted from the tile's first, f is true.  f is asked for every key that exists, so that its
-  // loads need not wait for one another.
+  // Of the bits, those of keys begin <= key < end, counted from the tile's first, for which f is true.  f is asked for all of
+  // these keys, so that its loads need not wait for one another.
   template <class F>
-  DEVICE uint32_t filtered(uint32_t bits, const F& f) const {
-    const int column = lane_index() % 4 * 2, last = static_cast<int>(p_.shape.kv_len) - 1 - key0_;
+  DEVICE static uint32_t filtered(uint32_t bits, int begin, int end, const F& f) {
+    const int column = lane_index() % 4 * 2;
     uint32_t kept = 0;
 #pragma unroll 4
     for (int element = 0; element < kElements; ++element) {
       const int key = element / 2 * 8 + column + element % 2;
-      kept |= static_cast<uint32_t>(f(min(key, last))) << element;
+      kept |= static_cast<uint32_t>(f(min(max(key, begin), end - 1))) << element;
     }
-    return bits & kept;
+    return bits & kept & below(end - column) & ~below(begin - column);
   }
 
   DEVICE uint32_t intervals(int query) const {
@@ -70,29 +70,27 @@ class VisibleKeys {
     const MaskParams::BlockLists& blocks = p_.mask.blocks;
     const BlockRow row(blocks, batch_, head_, query);
     const int within = query % blocks.query_block, row_bytes = blocks.query_block / 8;
-    const int column = lane_index() % 4 * 2, kv_len = static_cast<int>(p_.shape.kv_len);
     uint32_t seen = 0;
     int end;
 #pragma unroll 1
-    for (int key = key0_; key < min(key0_ + N, kv_len); key = end) {
-      const int block = key / blocks.kv_block, begin = block * blocks.kv_block;
-      end = begin + blocks.kv_block;
-      const uint32_t those = bits & below(end - key0_ - column) & ~below(key - key0_ - column);
+    for (int begin = 0; begin < keys_; begin = end) {
+      const int block = (key0_ + begin) / blocks.kv_block;
+      const int64_t block_begin = static_cast<int64_t>(block) * blocks.kv_block - key0_;
+      end = static_cast<int>(min_i64(block_begin + blocks.kv_block, keys_));
       const int entry = find_block(blocks, row.begin, row.end, block);
       if (entry < 0) continue;
       const int tile = blocks.tiles[entry];
-      if (tile == -1) seen |= those;
+      if (tile == -1) seen |= filtered(bits, begin, end, [](int) { return true; });
       if (tile < 0 || tile >= blocks.bit_tiles) continue;
-      const uint8_t* key_bits = blocks.bits + (static_cast<int64_t>(tile) * blocks.kv_block + key0_ - begin) * row_bytes + within / 8;
-      const int first = key - key0_, end_key = min(end - key0_, N) - 1;
-      seen |= filtered(those, [&](int key) { return (key_bits[min(max(key, first), end_key) * row_bytes] >> within % 8 & 1) != 0; });
+      const uint8_t* key_bits = blocks.bits + (static_cast<int64_t>(tile) * blocks.kv_block - block_begin) * row_bytes + within / 8;
+      seen |= filtered(bits, begin, end, [&](int key) { return (key_bits[key * row_bytes] >> within % 8 & 1) != 0; });
     }
     return seen;
   }
 
  public:
   DEVICE VisibleKeys(const AttentionParams& p, int batch, int head, int key0)
-      : p_(p), batch_(batch), head_(head), key0_(key0) {}
+      : p_(p), batch_(batch), head_(head), key0_(key0), keys_(min(N, static_cast<int>(p.shape.kv_len) - key0)) {}
 
   DEVICE uint32_t of(int query) const {
     const MaskParams& mask = p_.mask;
@@ -101,13 +99,13 @@ class VisibleKeys {
     if (mask.query_segments.data) {
       const int32_t id = mask.query_segments.data[batch_ * mask.query_segments.stride_batch + query];
       const int32_t* ids = mask.kv_segments.data + batch_ * mask.kv_segments.stride_batch + key0_;
-      bits = filtered(bits, [&](int key) { return ids[key] == id; });
+      bits = filtered(bits, 0, keys_, [&](int key) { return ids[key] == id; });
     }
     if (mask.dense.data) {
       const ConstTensorView& dense = mask.dense;
       const uint8_t* row = static_cast<const uint8_t*>(dense.data) + batch_ * dense.stride_batch + head_ * dense.stride_head +
                            query * dense.stride_row + key0_ * dense.stride_column;
-      bits = filtered(bits, [&](int key) { return row[key * dense.stride_column] != 0; });
+      bits = filtered(bits, 0, keys_, [&](int key) { return row[key * dense.stride_column] != 0; });
     }
     return bits;
   }
