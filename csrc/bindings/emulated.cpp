@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "bindings/aligned_forward.h"
+#include "bindings/launch_memory.h"
 #include "cuda/variant.h"
 
 namespace attn_ext::cuda {
@@ -31,27 +32,15 @@ const cuda::ForwardVariant* const kVariants[] = {
 cuda::Device emulated_device;
 const cuda::ForwardVariant* forced_variant = nullptr;  // null: the selector's choice
 
-// From its first byte to its last: what the storage holds around them is another tensor's.
-void register_tensor(const Tensor& tensor, Access access) {
-  if (!tensor || tensor.elements() == 0) return;
-  int64_t last = 0;
-  for (int d = 0; d < tensor.dim(); ++d) last += (tensor.size(d) - 1) * tensor.stride(d);
-  attn_ext_emulation_register_memory(tensor.data(), (last + 1) * aoti_torch_dtype_element_size(tensor.dtype_code()), access);
-}
-
 struct Emulated {
   static constexpr Contents kContents = Contents::unchecked;
 
   static void check_query(const Tensor& query) { check_cpu(query, "query"); }
   static void run(Inputs& inputs, ForwardParams& params, ForwardResults& results) {
     run_aligned(inputs, params, results, emulated_device, [&](const ForwardParams& aligned, const ForwardResults& to) {
-      BlockTensors& blocks = inputs.blocks;
-      for (const Tensor* tensor :
-           {&inputs.query, &inputs.key, &inputs.value, &inputs.bias, &inputs.sinks, &inputs.mask, &inputs.key_ranges,
-            &inputs.query_segments, &inputs.kv_segments, &inputs.alibi_slopes, &inputs.alibi_positions, &inputs.dropout_seed,
-            &blocks.offsets, &blocks.indices, &blocks.tiles, &blocks.bits})
-        register_tensor(*tensor, kReadOnly);
-      for (const Tensor* tensor : {&to.out, &to.lse, &to.lse_residual}) register_tensor(*tensor, kUndefined);
+      for_launch_memory(inputs, to, [](void* address, int64_t bytes, bool is_result) {
+        attn_ext_emulation_register_memory(address, static_cast<size_t>(bytes), is_result ? kUndefined : kReadOnly);
+      });
       if (forced_variant) forced_variant->launch(aligned, {.device = emulated_device}, *forced_variant);
       else cuda::forward(aligned, {.device = emulated_device});
       attn_ext_emulation_forget_memory();

@@ -6,15 +6,12 @@ import ctypes
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import NamedTuple
-from unittest import mock
 
 import torch
+from operators import build_arguments, forward_by
 from programs import ROOT
-from torch.utils import cpp_extension
 
-from attn_ext import _ops
 from tools import cuda_build, emulation
 
 LIBRARY = ROOT / "build" / "emulation" / "attn_ext_emulated.so"
@@ -35,16 +32,13 @@ A100 = Device()
 def emulator() -> emulation.Emulator:
     """Builds the kernels for the emulator and registers `torch.ops.attn_ext_emulated`."""
     kernels = cuda_build.kernel_sources(ROOT, ROOT / "build" / "emulation" / "variants")
-    (torch_libraries,) = {str(Path(path)) for path in cpp_extension.library_paths()}
     library = emulation.build(
         [
             *(source for source in kernels if source.name not in ("build.cu", "device.cu")),
             ROOT / "csrc" / "bindings" / "emulated.cpp",
         ],
         LIBRARY,
-        defines=["TORCH_TARGET_VERSION=0x020a000000000000", "TORCH_STABLE_ONLY"],
-        compile_args=[f"-isystem{path}" for path in cpp_extension.include_paths()],
-        link_args=[f"-L{torch_libraries}", "-ltorch_cpu", "-lc10"],
+        **build_arguments(),
     )
     torch.ops.load_library(library)
     return emulation.Emulator(library)
@@ -71,12 +65,5 @@ def emulated(
     if not running.library.attn_ext_emulated_force(kernel):
         raise ValueError(f"no kernel {variant!r} in csrc/core/variants.def")
     running.start(seed=seed, access_sites=access_sites)
-    operators = torch.ops.attn_ext_emulated
-    with mock.patch.multiple(
-        _ops,
-        attention_forward=operators.attention_forward.default,
-        attention_output=operators.attention_output.default,
-        _forward_handle=operators.attention_forward.default._handle,
-        _output_handle=operators.attention_output.default._handle,
-    ):
+    with forward_by("attn_ext_emulated"):
         yield running
