@@ -108,6 +108,19 @@ Compiled, not run: `python -m tools.cuda_report`.  A row is a line of csrc/core/
 - *blocks*: how many fit a multiprocessor at a time, by registers, shared memory and threads.
 - *loop*: machine instructions of the loop over tiles of keys that no mask cuts, its rare branches included; a
   turn is a tile.  Then how many of them are of which kind.
+
+The same of others, compiled by nvcc 13.0, where head_dim is 128 unless it is named:
+
+| kernel | queries x keys | registers | spilled | loop | tensor core | ldmatrix |
+| --- | --- | --- | --- | --- | --- | --- |
+| FlashAttention-2, sm_80, causal | 64 x 64 | 184 | 0 | 494 | 128 | 72 |
+| FlashAttention-2, sm_80, causal | 128 x 64 | 255 | 468 | 914 | 256 | 80 |
+| FlashAttention-2, sm_80, causal, 64 | 128 x 128 | 255 | 576 | 1167 | 256 | 72 |
+| FlashAttention-3, sm_90a | | 168 | 24 | 599 | 16-19 (wgmma) | |
+
+Of the 575 instructions of `forward_bf16_128` on sm_80, 409 are executed in a usual turn: others raise the
+maximum of a row, or are for scores beyond 2^24, which FlashAttention does not tell apart.  Of the 555 of
+`forward_bf16_128_long`, 390 are.
 """
 
 

@@ -29,8 +29,9 @@ struct ForwardTraits {
   using Products = std::conditional_t<std::is_same_v<T, float>, FmaProducts<ForwardTraits>, MmaProducts<ForwardTraits>>;
 };
 
+// At least one block a multiprocessor: left to itself, ptxas spills registers to fit one more.
 template <class F>
-__global__ void __launch_bounds__(F::kThreads) flash_forward(const __grid_constant__ ForwardParams p) {
+__global__ void __launch_bounds__(F::kThreads, 1) flash_forward(const __grid_constant__ ForwardParams p) {
   using T = typename F::T;
   constexpr int M = F::M, N = F::N, MI = F::MI, kThreads = F::kThreads;
   DYN_SMEM(shared);

@@ -68,13 +68,6 @@ MUTANTS = (
         "  __syncwarp();\n  constexpr int kWidth",
         "  constexpr int kWidth",
     ),
-    Mutant(
-        "output staged over queries of another warp",
-        FORWARD,
-        "  if constexpr (F::Out::kPitch != F::Query::kPitch) __syncthreads();",
-        " ",
-        "bf16_192_128",
-    ),
     # Tiles and copies
     Mutant(
         "no swizzle", TILE, "row * kPitch + ((chunk ^ swizzle) << 4)", "row * kPitch + ((chunk ^ 0) << 4)"
@@ -191,8 +184,10 @@ MUTANTS = (
     ),
     Mutant("the maximum always moves", SOFTMAX, "> bound_;", "> -1000.f;"),
     Mutant("weights grow to 2^127", SOFTMAX, "kSlack = 8.f", "kSlack = 120.f"),
-    Mutant("no headroom", SOFTMAX, "kExponent = 28.f", "kExponent = 0.f"),
-    Mutant("headroom too small for a thousand keys", SOFTMAX, "kExponent = 28.f", "kExponent = 9.f"),
+    Mutant("no headroom", SOFTMAX, "kExponent = kHeadroom + kSlack", "kExponent = 0.f"),
+    Mutant(
+        "headroom too small for a thousand keys", SOFTMAX, "kExponent = kHeadroom + kSlack", "kExponent = 9.f"
+    ),
     Mutant(
         "fp32 without headroom",
         SOFTMAX,
@@ -209,7 +204,7 @@ MUTANTS = (
     Mutant(
         "headroom stays in lse",
         SOFTMAX,
-        "RowStatistics<float>::of(huge ? m : m - kHeadroom",
+        "RowStatistics<float>::of(m - headroom",
         "RowStatistics<float>::of(m",
     ),
     Mutant("rows that see nothing divide by 0", SOFTMAX, "l == 0.f ? 0.f : ", ""),
@@ -243,9 +238,9 @@ MUTANTS = (
         "f32_32",
     ),
     Mutant("bias of the first head", SCORES, "+ head_ * bias.stride_head", ""),
-    Mutant("bias of row 0", SCORES, "tile + query(mi, h) * bias.stride_row", "tile"),
-    Mutant("columns of the bias are adjacent", SCORES, "row[key * bias.stride_column]", "row[key]"),
-    Mutant("bias past the last key", SCORES, "            if (key >= p_.shape.kv_len) continue;\n", ""),
+    Mutant("bias of row 0", SCORES, "first + query(mi, h) * bias.stride_row", "first"),
+    Mutant("columns of the bias are adjacent", SCORES, "at[e * bias.stride_column]", "at[e]"),
+    Mutant("bias past the last key", SCORES, "            if (8 * j + e >= existing) continue;\n", ""),
     Mutant(
         "bias of -inf is added to what may be NaN",
         SCORES,
@@ -257,7 +252,12 @@ MUTANTS = (
         "ALiBi does not look at positions", SCORES, "score.alibi_positions ? score.alibi_positions[i] : ", ""
     ),
     Mutant("ALiBi slopes of batch 0", SCORES, "batch_ * score.alibi_stride_batch + ", ""),
-    Mutant("ALiBi of signed distances", SCORES, "abs(distance - 8 * j - e)", "(distance - 8 * j - e)"),
+    Mutant(
+        "ALiBi of signed distances",
+        SCORES,
+        "fabsf(distance - static_cast<float>(8 * j + e))",
+        "(distance - static_cast<float>(8 * j + e))",
+    ),
     Mutant(
         "philox words in another order",
         SCORES,
@@ -303,11 +303,11 @@ MUTANTS = (
     Mutant(
         "block bits of the block's first key",
         KEYS,
-        "key0_ - begin) * row_bytes + within / 8",
-        "0) * row_bytes + within / 8",
+        "blocks.kv_block - block_begin) * row_bytes",
+        "blocks.kv_block) * row_bytes",
     ),
     Mutant("bits of the wrong query of eight", KEYS, ">> within % 8 & 1", ">> within / 8 % 8 & 1"),
-    Mutant("partial blocks are full", KEYS, "if (tile == -1) seen |= those;", "seen |= those;"),
+    Mutant("partial blocks are full", KEYS, "if (tile == -1) seen |= filtered(", "seen |= filtered("),
     Mutant(
         "lookup of a block's neighbour",
         KEYS,
