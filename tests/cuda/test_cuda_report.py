@@ -78,7 +78,7 @@ def test_report_of_a_compiled_kernel(tmp_path: Path) -> None:
     require_toolkit("cuobjdump")
     out = tmp_path / "report.md"
     assert cuda_report.main(["--archs", "80", "--only", "forward_bf16_32.", "--out", str(out)]) == 0
-    (row,) = [line for line in out.read_text().splitlines() if "`" in line and "forward" in line]
+    (row,) = [line for line in out.read_text().splitlines() if line.startswith("| `forward")]
     name, threads, _, spilled, _, _, _, products, *_ = [cell.strip() for cell in row.split("|")[1:-1]]
     assert (name, threads, spilled) == ("`forward_bf16_32`", "128", "0")
     assert int(products) >= 32
