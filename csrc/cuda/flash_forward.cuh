@@ -121,7 +121,8 @@ __global__ void __launch_bounds__(F::kThreads, 1) flash_forward(const __grid_con
   RowStatistics<float> statistics[MI][2];
   softmax.finish(o, static_cast<float>(p.dropout.inverse_keep), statistics);
   const int rows = static_cast<int>(shape.query_len) - query0;
-  if constexpr (F::kQueryInRegisters && F::Out::kPitch != F::Query::kPitch) __syncthreads();  // the warps' rows do not lie where they lay
+  // Where the warps' rows do not lie where they lay; else their queries were last read before the last barrier.
+  if constexpr (F::kQueryInRegisters && F::Out::kPitch != F::Query::kPitch) __syncthreads();
   store_rows<typename F::Products, typename F::Out>(o, shared + F::kQueryTile, row0,
                                                     head_of<T>(p.out, batch, head) + query0 * p.out.stride_row,
                                                     p.out.stride_row, rows, static_cast<int>(shape.value_dim));

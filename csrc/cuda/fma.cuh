@@ -1,8 +1,8 @@
 // Products of fp32 tiles in fp32: tensor cores would round the operands to 10 bits.
 //
 // Rows and columns of accumulators are those of the tensor cores, so that everything between the products is shared with
-// them.  A thread multiplies its two rows with all its columns out of vectors of four: 128 multiplications for 18 loads that
-// each take one pass of shared memory.
+// them.  A thread multiplies its two rows with all its columns out of vectors of four.  What limits it is shared memory: of
+// the lanes that load a vector of keys or values at once, no two neighbours want the same.
 #pragma once
 #include "cuda/accumulators.cuh"
 
