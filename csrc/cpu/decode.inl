@@ -149,17 +149,18 @@ struct DecodeProducts {
     }
   }
   // o[i][:] = alpha[i] * o[i][:] + sum_n weights[i][n] * rows[n].  Where registers do not hold all columns at once, a few
-  // rows are finished before the next: a pass over part of many would fetch all of them, and leave memory idle in the next.
+  // rows are finished before the next, if they come from memory: a pass over part of many would fetch all of them, and leave
+  // memory idle in the next.
   template <int R>
   static void add_values(Acc* o, int64_t o_row, const Acc* alpha, const Acc* weights, int64_t w_row, const void* const* rows,
-                         int64_t ahead, int count, const Chunks<Acc, C>& chunks) {
+                         int64_t ahead, int count, const Chunks<Acc, C>& chunks, bool from_memory) {
     constexpr int kMost = (R == 1 ? 8 : kVectorRegisters / 2 / R) / kParts, kBytesAtOnce = 4096;
     for (int i = 0; i < R; i++) {
       Acc* const row = o + i * o_row;
       for (int64_t d = 0; d < chunks.count * Piece::kColumns; d += W) store(row + d, load(row + d) * alpha[i]);
     }
     const int64_t row_bytes = chunks.columns * static_cast<int64_t>(sizeof(C));
-    const int block = chunks.count > kMost ? static_cast<int>(max_i64(1, kBytesAtOnce / row_bytes)) : count;
+    const int block = from_memory && chunks.count > kMost ? static_cast<int>(max_i64(1, kBytesAtOnce / row_bytes)) : count;
     for (int n = 0; n < count; n += block) {
       const int some = count - n < block ? count - n : block;
       int64_t c = 0;
@@ -385,7 +386,7 @@ class Decode {
       value.with_products([&](auto products, const auto& chunks) {
         const auto add = [&](auto r, int64_t row, KeyInterval seen) {
           products.template add_values<r>(o + row * o_row, o_row, c.alpha + row, c.s + row * kTile + seen.lo, kTile,
-                                          c.rows + values + seen.lo, ahead, static_cast<int>(seen.hi - seen.lo), chunks);
+                                          c.rows + values + seen.lo, ahead, static_cast<int>(seen.hi - seen.lo), chunks, row == 0);
         };
         for (int64_t row = 0; row < rows; row += R) {  // a row's sum never meets a value that it does not see
           const int64_t last = min_i64(rows, row + R) - 1;
