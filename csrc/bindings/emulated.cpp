@@ -6,12 +6,6 @@
 #include "bindings/launch_memory.h"
 #include "cuda/variant.h"
 
-namespace attn_ext::cuda {
-#define FORWARD(name, ...) extern const ForwardVariant forward_##name;
-#include "core/variants.def"
-#undef FORWARD
-}  // namespace attn_ext::cuda
-
 extern "C" {  // emulation/api.cpp
 void attn_ext_emulation_register_memory(const void* pointer, size_t bytes, int access);
 void attn_ext_emulation_forget_memory();
@@ -22,12 +16,6 @@ namespace attn_ext::bindings {
 namespace {
 
 enum Access : int { kReadOnly = 0, kUndefined = 2 };
-
-const cuda::ForwardVariant* const kVariants[] = {
-#define FORWARD(name, ...) &cuda::forward_##name,
-#include "core/variants.def"
-#undef FORWARD
-};
 
 cuda::Device emulated_device;
 const cuda::ForwardVariant* forced_variant = nullptr;  // null: the selector's choice
@@ -65,7 +53,7 @@ void attn_ext_emulated_device(int arch, int shared_memory, int processors) {
 int attn_ext_emulated_force(const char* name) {
   using namespace attn_ext::bindings;
   forced_variant = nullptr;
-  for (const auto* variant : kVariants)
+  for (const auto* variant : attn_ext::cuda::forward_variants())
     if (name && std::strcmp(name, variant->name) == 0) forced_variant = variant;
   return !name || forced_variant != nullptr;
 }

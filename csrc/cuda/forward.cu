@@ -8,13 +8,16 @@ namespace attn_ext::cuda {
 #include "core/variants.def"
 #undef FORWARD
 
-namespace {
-
-const ForwardVariant* const kVariants[] = {
+std::span<const ForwardVariant* const> forward_variants() {
+  static const ForwardVariant* const variants[] = {
 #define FORWARD(name, ...) &forward_##name,
 #include "core/variants.def"
 #undef FORWARD
-};
+  };
+  return variants;
+}
+
+namespace {
 
 // Kernels count rows and keys with 32 bits, up to the end of the last tile, and bytes of a tile too.
 constexpr int64_t kLongest = std::numeric_limits<int32_t>::max() - 1024;
@@ -48,7 +51,7 @@ bool better(const ForwardVariant& a, const ForwardVariant& b, const ForwardParam
 
 const ForwardVariant* select(const ForwardParams& p, const Device& device) {
   const ForwardVariant* best = nullptr;
-  for (const ForwardVariant* v : kVariants)
+  for (const ForwardVariant* v : forward_variants())
     if (runs(*v, p, device) && (!best || better(*v, *best, p, device))) best = v;
   return best;
 }
@@ -88,11 +91,9 @@ const char* unsupported(const ForwardParams& p, const Device& device) {
   return nullptr;
 }
 
-const ForwardVariant& forward_variant(const ForwardParams& params, const Device& device) { return *select(params, device); }
-
 void forward(const ForwardParams& params, const Stream& stream) {
   if (params.shape.batch == 0 || params.shape.heads == 0 || params.shape.query_len == 0) return;
-  const ForwardVariant& variant = forward_variant(params, stream.device);
+  const ForwardVariant& variant = *select(params, stream.device);
   variant.launch(params, stream, variant);
 }
 

@@ -15,8 +15,6 @@ constexpr ForwardVariant forward_variant_of(const char* name) {
           .key_columns = F::Key::kColumns,
           .value_columns = F::Value::kColumns,
           .queries = F::M,
-          .keys = F::N,
-          .threads = F::kThreads,
           .shared_bytes = F::kSharedBytes,
           .modified = F::kModified,
           .launch = [](const ForwardParams& p, const Stream& stream, const ForwardVariant& variant) {
