@@ -110,7 +110,7 @@ def variant_sources(variants: str) -> dict[str, str]:
     """The sources that the lines of variants.def, KIND(name, ...), stand for, by file name."""
     sources = {}
     for line in variants.splitlines():
-        if entry := re.match(r"([A-Z]+)\((\w+)", line):
+        if entry := re.match(r"([A-Z_]+)\((\w+)", line):
             kind, name = entry.group(1).lower(), entry.group(2)
             sources[f"{kind}_{name}.cu"] = f'#include "cuda/{kind}_instance.cuh"\n\n{line}\n'
     return sources

@@ -2,6 +2,7 @@
 #include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
 
+#include "bindings/aligned_backward.h"
 #include "bindings/aligned_forward.h"
 
 namespace attn_ext::bindings {
@@ -37,6 +38,14 @@ struct Cuda {
       cuda::forward(aligned, {.device = device, .handle = current_stream(index)});
     });
   }
+  static void run(Inputs& inputs, BackwardParams& params, BackwardTensors& tensors) {
+    const int32_t index = inputs.device.index;
+    const torch::stable::accelerator::DeviceGuard guard(index);
+    const cuda::Device device = cuda::device(index);
+    run_aligned(inputs, params, tensors, device, [&](const BackwardParams& aligned, const BackwardTensors&, const Tensor& workspace) {
+      cuda::backward(aligned, workspace.data(), {.device = device, .handle = current_stream(index)});
+    });
+  }
 };
 
 }  // namespace
@@ -44,4 +53,5 @@ struct Cuda {
 
 STABLE_TORCH_LIBRARY_IMPL(attn_ext, CUDA, library) {
   attn_ext::bindings::implement_forward<attn_ext::bindings::Cuda>(library);
+  attn_ext::bindings::implement_backward<attn_ext::bindings::Cuda>(library);
 }

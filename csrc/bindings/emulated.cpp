@@ -2,6 +2,7 @@
 // called as bindings/cuda.cpp calls them.  For tests; no wheel has it.
 #include <cstring>
 
+#include "bindings/aligned_backward.h"
 #include "bindings/aligned_forward.h"
 #include "bindings/launch_memory.h"
 #include "cuda/variant.h"
@@ -26,15 +27,28 @@ struct Emulated {
   static void check_query(const Tensor& query) { check_cpu(query, "query"); }
   static void run(Inputs& inputs, ForwardParams& params, ForwardResults& results) {
     run_aligned(inputs, params, results, emulated_device, [&](const ForwardParams& aligned, const ForwardResults& to) {
-      for_launch_memory(inputs, to, [](void* address, int64_t bytes, bool is_result) {
-        attn_ext_emulation_register_memory(address, static_cast<size_t>(bytes), is_result ? kUndefined : kReadOnly);
-      });
+      for_launch_memory(inputs, to, register_memory);
       if (forced_variant) forced_variant->launch(aligned, {.device = emulated_device}, *forced_variant);
       else cuda::forward(aligned, {.device = emulated_device});
-      attn_ext_emulation_forget_memory();
-      const char* faults = attn_ext_emulation_report();
-      STD_TORCH_CHECK(*faults == '\0', faults);
+      finish();
     });
+  }
+  static void run(Inputs& inputs, BackwardParams& params, BackwardTensors& tensors) {
+    run_aligned(inputs, params, tensors, emulated_device, [&](const BackwardParams& aligned, const BackwardTensors& to, const Tensor& workspace) {
+      for_launch_memory(inputs, to, workspace, register_memory);
+      cuda::backward(aligned, workspace.data(), {.device = emulated_device});
+      finish();
+    });
+  }
+
+ private:
+  static void register_memory(void* address, int64_t bytes, bool is_result) {
+    attn_ext_emulation_register_memory(address, static_cast<size_t>(bytes), is_result ? kUndefined : kReadOnly);
+  }
+  static void finish() {
+    attn_ext_emulation_forget_memory();
+    const char* faults = attn_ext_emulation_report();
+    STD_TORCH_CHECK(*faults == '\0', faults);
   }
 };
 
@@ -62,8 +76,10 @@ int attn_ext_emulated_force(const char* name) {
 STABLE_TORCH_LIBRARY(attn_ext_emulated, library) {
   library.def(attn_ext::bindings::kAttentionForward);
   library.def(attn_ext::bindings::kAttentionOutput);
+  library.def(attn_ext::bindings::kAttentionBackward);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(attn_ext_emulated, CPU, library) {
   attn_ext::bindings::implement_forward<attn_ext::bindings::Emulated>(library);
+  attn_ext::bindings::implement_backward<attn_ext::bindings::Emulated>(library);
 }

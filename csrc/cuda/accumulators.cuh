@@ -20,6 +20,36 @@ DEVICE void for_elements(const F& f) {
         UNROLL for (int e = 0; e < 2; ++e) f(mi, h, j, e);
 }
 
+// Which queries and keys a warp's score tile has, kQueries x kKeys of them in each thread: query q of a thread is
+// query_offset(q) after its first_query, key k key_offset(k) after its first_key.
+template <int MI_, int NJ_>
+struct QueryRows {  // S: rows are queries
+  static constexpr int MI = MI_, NJ = NJ_, kQueries = 2 * MI, kKeys = 2 * NJ;
+  DEVICE static int first_query() { return lane_index() / 4; }
+  DEVICE static int first_key() { return lane_index() % 4 * 2; }
+  DEVICE static constexpr int query_offset(int q) { return 8 * q; }
+  DEVICE static constexpr int key_offset(int k) { return k / 2 * 8 + k % 2; }
+  template <class Scores>
+  DEVICE static auto& at(Scores& s, int q, int k) { return s[q / 2][k / 2][q % 2 * 2 + k % 2]; }
+};
+template <int MI_, int NJ_>
+struct KeyRows {  // the transpose of S: rows are keys
+  static constexpr int MI = MI_, NJ = NJ_, kQueries = 2 * NJ, kKeys = 2 * MI;
+  DEVICE static int first_query() { return lane_index() % 4 * 2; }
+  DEVICE static int first_key() { return lane_index() / 4; }
+  DEVICE static constexpr int query_offset(int q) { return q / 2 * 8 + q % 2; }
+  DEVICE static constexpr int key_offset(int k) { return 8 * k; }
+  template <class Scores>
+  DEVICE static auto& at(Scores& s, int q, int k) { return s[k / 2][q / 2][k % 2 * 2 + q % 2]; }
+};
+
+// Calls f(q, k) for every query and key of a thread.
+template <class Place, class F>
+DEVICE void for_pairs(const F& f) {
+  UNROLL for (int q = 0; q < Place::kQueries; ++q)
+    UNROLL for (int k = 0; k < Place::kKeys; ++k) f(q, k);
+}
+
 template <int MI, int NJ>
 DEVICE void clear(Accumulators<MI, NJ>& acc) {
   for_elements<MI, NJ>([&](int mi, int h, int j, int e) { acc[mi][j][2 * h + e] = 0.f; });

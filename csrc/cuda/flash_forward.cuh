@@ -3,9 +3,8 @@
 // A block owns M queries of one head and walks over the tiles of N keys and values that they see, last one first: tiles that
 // a mask or the end of the sequence cuts come first where it is causal, whole ones follow in a loop without checks.
 #pragma once
-#include "cuda/fma.cuh"
 #include "cuda/key_visitor.cuh"
-#include "cuda/mma.cuh"
+#include "cuda/math.cuh"
 #include "cuda/scores.cuh"
 #include "cuda/softmax.cuh"
 #include "cuda/value_guard.cuh"
@@ -26,7 +25,7 @@ struct ForwardTraits {
   // Where tiles lie in shared memory.
   static constexpr uint32_t kQueryTile = 0, kKeyTile = Query::kBytes > Out::kBytes ? Query::kBytes : Out::kBytes;
   static constexpr uint32_t kValueTile = kKeyTile + Key::kBytes, kSharedBytes = kValueTile + Value::kBytes;
-  using Products = std::conditional_t<std::is_same_v<T, float>, FmaProducts<ForwardTraits>, MmaProducts<ForwardTraits>>;
+  using Math = TileMath<T>;
 };
 
 // At least one block a multiprocessor: left to itself, ptxas spills registers to fit one more.
@@ -60,14 +59,16 @@ __global__ void __launch_bounds__(F::kThreads, 1) flash_forward(const __grid_con
   if (!run.empty()) key_copy.clipped(shared0 + F::kKeyTile, keys, run.last);
   cp_async_commit();
 
-  typename F::Products products(shared, row0);
+  const typename F::Math::template Tiles<F::Key::kColumns> key_tiles(shared);
+  const typename F::Math::template Tiles<F::Value::kColumns> value_tiles(key_tiles, shared);
+  typename F::Math::template Rows<F::Key::kColumns, MI, F::kQueryInRegisters> own_queries(key_tiles, F::kQueryTile, row0);
   cp_async_wait<0>();
   __syncthreads();
-  products.fetch_query();
+  own_queries.fetch();
 
   TileSoftmax<T, MI> softmax(F::kModified ? 1.f : static_cast<float>(p.score.scale * kLog2E));
   if (p.score.sinks) softmax.sink(bias_in_log2<float>(p.score.sinks[head]));
-  const ScoreTerms<MI> terms(p, batch, head, query0 + row0);
+  const ScoreTerms<QueryRows<MI, F::NJ>> terms(p, batch, head, query0 + row0);
   Accumulators<MI, F::DJ> o;
   clear(o);
 
@@ -81,10 +82,10 @@ __global__ void __launch_bounds__(F::kThreads, 1) flash_forward(const __grid_con
 
     Accumulators<MI, F::NJ> s;
     clear(s);
-    products.scores(s);
+    F::Math::product_abt(s, own_queries, key_tiles, F::kKeyTile);
 
     cp_async_wait<0>();
-    ValueGuard<typename F::Value, typename F::Products, decltype(value_copy), MI> guard(value_copy, shared + F::kValueTile);
+    ValueGuard<typename F::Value, typename F::Math, decltype(value_copy), MI> guard(value_copy, shared + F::kValueTile);
     bool finite = true;
     if constexpr (kPartial) finite = !__syncthreads_or(!guard.finite());
     else __syncthreads();  // these values are there, the keys are read
@@ -104,7 +105,7 @@ __global__ void __launch_bounds__(F::kThreads, 1) flash_forward(const __grid_con
       guard.clean();
       __syncthreads();
     }
-    products.output(o, s);
+    F::Math::product_pb(o, s, value_tiles, F::kValueTile);
   };
   while (!run.empty()) {
     const TileRun next = visitor.next(run);
@@ -123,7 +124,7 @@ __global__ void __launch_bounds__(F::kThreads, 1) flash_forward(const __grid_con
   const int rows = static_cast<int>(shape.query_len) - query0;
   // Where the warps' rows do not lie where they lay; else their queries were last read before the last barrier.
   if constexpr (F::kQueryInRegisters && F::Out::kPitch != F::Query::kPitch) __syncthreads();
-  store_rows<typename F::Products, typename F::Out>(o, shared + F::kQueryTile, row0,
+  store_rows<typename F::Math, typename F::Out>(o, shared + F::kQueryTile, row0,
                                                     head_of<T>(p.out, batch, head) + query0 * p.out.stride_row,
                                                     p.out.stride_row, rows, static_cast<int>(shape.value_dim));
   if (!p.lse || lane_index() % 4 != 0) return;

@@ -8,51 +8,58 @@
 
 namespace attn_ext::cuda {
 
-template <class F>
-class FmaProducts {
-  static_assert(F::MI == 1);
-  const unsigned char* shared_;
-  int row_;  // the thread's first row
+struct FmaMath {
+  template <int Columns>
+  struct Tiles {
+    using Row = Tile<float, 16, Columns>;
+    const unsigned char* shared;
 
-  template <class Tile>
-  DEVICE static float4 load(const unsigned char* tile, int row, int chunk) {
-    return *reinterpret_cast<const float4*>(tile + Tile::at(row, chunk));
-  }
-  DEVICE static float dot(float4 a, float4 b, float sum) {
-    return fused(a.w, b.w, fused(a.z, b.z, fused(a.y, b.y, fused(a.x, b.x, sum))));
-  }
+    DEVICE explicit Tiles(const unsigned char* shared) : shared(shared) {}
+    template <class Other>
+    DEVICE Tiles(const Other&, const unsigned char* shared) : shared(shared) {}
+    DEVICE float4 load(uint32_t tile, int row, int chunk) const {
+      return *reinterpret_cast<const float4*>(shared + tile + Row::at(row, chunk));
+    }
+  };
+  template <int Columns, int MI, bool InRegisters = false>
+  struct Rows {
+    static_assert(MI == 1);
+    const Tiles<Columns>& tiles;
+    uint32_t tile;
+    int row;  // the thread's first
 
- public:
-  DEVICE FmaProducts(unsigned char* shared, int row0) : shared_(shared), row_(row0 + lane_index() / 4) {}
+    DEVICE Rows(const Tiles<Columns>& tiles, uint32_t tile, int row0) : tiles(tiles), tile(tile), row(row0 + lane_index() / 4) {}
+    DEVICE void fetch() {}
+  };
 
-  DEVICE void fetch_query() {}
-  DEVICE void scores(Accumulators<1, F::NJ>& s) const {
-    const unsigned char* const queries = shared_ + F::kQueryTile;
-    const unsigned char* const keys = shared_ + F::kKeyTile;
+  template <int Columns, int NJ, bool InRegisters>
+  DEVICE static void product_abt(Accumulators<1, NJ>& acc, const Rows<Columns, 1, InRegisters>& rows, const Tiles<Columns>& tiles,
+                                 uint32_t b_tile) {
 #pragma unroll 1
-    for (int chunk = 0; chunk < F::Key::kChunks; ++chunk) {
-      const float4 q[2] = {load<typename F::Query>(queries, row_, chunk), load<typename F::Query>(queries, row_ + 8, chunk)};
-      UNROLL for (int j = 0; j < F::NJ; ++j)
+    for (int chunk = 0; chunk < Columns / 4; ++chunk) {
+      const float4 a[2] = {tiles.load(rows.tile, rows.row, chunk), tiles.load(rows.tile, rows.row + 8, chunk)};
+      UNROLL for (int j = 0; j < NJ; ++j)
         UNROLL for (int e = 0; e < 2; ++e) {
-          const float4 k = load<typename F::Key>(keys, 8 * j + lane_index() % 4 * 2 + e, chunk);
-          UNROLL for (int h = 0; h < 2; ++h) s[0][j][2 * h + e] = dot(q[h], k, s[0][j][2 * h + e]);
+          const float4 b = tiles.load(b_tile, 8 * j + lane_index() % 4 * 2 + e, chunk);
+          UNROLL for (int h = 0; h < 2; ++h) acc[0][j][2 * h + e] = dot(a[h], b, acc[0][j][2 * h + e]);
         }
     }
   }
-  DEVICE void output(Accumulators<1, F::DJ>& o, const Accumulators<1, F::NJ>& p) const {
-    const unsigned char* const values = shared_ + F::kValueTile;
-    UNROLL for (int j = 0; j < F::NJ; ++j)
+  template <int Columns, int NJ>
+  DEVICE static void product_pb(Accumulators<1, Columns / 8>& acc, const Accumulators<1, NJ>& p, const Tiles<Columns>& tiles,
+                                uint32_t b_tile) {
+    UNROLL for (int j = 0; j < NJ; ++j)
       UNROLL for (int e = 0; e < 2; ++e)
 #pragma unroll 1
         for (int t = 0; t < 4; ++t) {
           const int owner = (lane_index() & ~3) | t;
           const float weight[2] = {__shfl_sync(kAllLanes, p[0][j][e], owner), __shfl_sync(kAllLanes, p[0][j][2 + e], owner)};
-          UNROLL for (int c = 0; c < F::DJ; c += 2) {
-            const float4 v = load<typename F::Value>(values, 8 * j + 2 * t + e, c * 2 + lane_index() % 4);
+          UNROLL for (int c = 0; c < Columns / 8; c += 2) {
+            const float4 b = tiles.load(b_tile, 8 * j + 2 * t + e, c * 2 + lane_index() % 4);
             UNROLL for (int h = 0; h < 2; ++h) {
-              o[0][c][2 * h] = fused(weight[h], v.x, o[0][c][2 * h]), o[0][c][2 * h + 1] = fused(weight[h], v.y, o[0][c][2 * h + 1]);
-              o[0][c + 1][2 * h] = fused(weight[h], v.z, o[0][c + 1][2 * h]);
-              o[0][c + 1][2 * h + 1] = fused(weight[h], v.w, o[0][c + 1][2 * h + 1]);
+              float(&left)[4] = acc[0][c], (&right)[4] = acc[0][c + 1];
+              left[2 * h] = fused(weight[h], b.x, left[2 * h]), left[2 * h + 1] = fused(weight[h], b.y, left[2 * h + 1]);
+              right[2 * h] = fused(weight[h], b.z, right[2 * h]), right[2 * h + 1] = fused(weight[h], b.w, right[2 * h + 1]);
             }
           }
         }
@@ -74,6 +81,11 @@ class FmaProducts {
         const int chunk = (j + 2 * second) * 2 + lane_index() % 4;
         *reinterpret_cast<float4*>(tile + Staging::at(row, chunk)) = v;
       }
+  }
+
+ private:
+  DEVICE static float dot(float4 a, float4 b, float sum) {
+    return fused(a.w, b.w, fused(a.z, b.z, fused(a.y, b.y, fused(a.x, b.x, sum))));
   }
 };
 

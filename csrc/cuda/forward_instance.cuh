@@ -5,13 +5,10 @@
 
 namespace attn_ext::cuda {
 
-template <class T>
-constexpr DType kDType = std::is_same_v<T, float> ? DType::float32 : std::is_same_v<T, Float16> ? DType::float16 : DType::bfloat16;
-
 template <class F>
 constexpr ForwardVariant forward_variant_of(const char* name) {
   return {.name = name,
-          .dtype = kDType<typename F::T>,
+          .dtype = dtype_of<typename F::T>(),
           .key_columns = F::Key::kColumns,
           .value_columns = F::Value::kColumns,
           .queries = F::M,

@@ -23,8 +23,14 @@ Device device(int index);  // throws what the CUDA runtime says
 // there, never at what device memory holds.
 const char* unsupported(const ForwardParams& params, const Device& device);
 
+const char* unsupported(const BackwardParams& params, const Device& device);
+
+// Bytes of device memory, aligned to 256, that backward() works in: asks for a supported call.
+int64_t backward_workspace(const BackwardParams& params, const Device& device);
+
 // Enqueues the kernel.  Nothing waits, allocates or reads device memory on the host, so a CUDA graph can capture it.  Throws
 // std::runtime_error that names the kernel; asks for a supported call.
 void forward(const ForwardParams& params, const Stream& stream);
+void backward(const BackwardParams& params, void* workspace, const Stream& stream);
 
 }  // namespace attn_ext::cuda

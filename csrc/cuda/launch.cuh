@@ -3,7 +3,9 @@
 #include <atomic>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
+#include "core/dtype.h"
 #include "cuda/platform.h"
 #include "cuda/variant.h"
 
@@ -34,5 +36,10 @@ void launch(const char* name, int64_t blocks, int threads, int shared_bytes, con
         name);
 }
 #endif
+
+template <class T>
+constexpr DType dtype_of() {
+  return std::is_same_v<T, float> ? DType::float32 : std::is_same_v<T, Float16> ? DType::float16 : DType::bfloat16;
+}
 
 }  // namespace attn_ext::cuda

@@ -100,26 +100,34 @@ DEVICE void product_pb(Accumulators<MI, Columns / 8>& acc, const Accumulators<MI
   }
 }
 
-// The products of flash attention: S = Q K^T and O += P V.
-template <class F>
-class MmaProducts {
-  using T = typename F::T;
-  BlockAddress<F::Key::kColumns> at_key_;
-  BlockAddress<F::Value::kColumns> at_value_;
-  RowsOperand<F::Key::kColumns, F::MI, F::kQueryInRegisters> query_;
+// What kernels ask of products; FmaMath (fma.cuh) answers to the same names.
+template <class T>
+struct MmaMath {
+  // Tiles of so many columns in shared memory.
+  template <int Columns>
+  struct Tiles : BlockAddress<Columns> {
+    DEVICE explicit Tiles(unsigned char* shared) : BlockAddress<Columns>(shared_address(shared)) {}
+    // Beside others: the two share what they have in common.
+    template <int OtherColumns>
+    DEVICE Tiles(const BlockAddress<OtherColumns>& other, unsigned char* shared)
+        : BlockAddress<Columns>(other, shared_address(shared)) {}
+  };
+  // A warp's rows of a tile, from row0 on, as the left operand.
+  template <int Columns, int MI, bool InRegisters = false>
+  struct Rows : RowsOperand<Columns, MI, InRegisters> {
+    DEVICE Rows(const Tiles<Columns>& tiles, uint32_t tile, int row0)
+        : RowsOperand<Columns, MI, InRegisters>(tiles, tile + pin(row0 * Columns * static_cast<int>(sizeof(T)))) {}
+  };
 
- public:
-  // shared: where the tiles lie; row0: this warp's first query.
-  DEVICE MmaProducts(unsigned char* shared, int row0)
-      : at_key_(shared_address(shared)),
-        at_value_(at_key_, shared_address(shared)),
-        query_(at_key_, F::kQueryTile + pin(row0 * F::Query::kPitch)) {}
-
-  // Once the queries are there.
-  DEVICE void fetch_query() { query_.fetch(); }
-  DEVICE void scores(Accumulators<F::MI, F::NJ>& s) const { product_abt<T>(s, query_, at_key_, F::kKeyTile); }
-  DEVICE void output(Accumulators<F::MI, F::DJ>& o, const Accumulators<F::MI, F::NJ>& p) const {
-    product_pb<T, F::Value::kColumns>(o, p, at_value_, F::kValueTile);
+  template <int Columns, int MI, int NJ, bool InRegisters>
+  DEVICE static void product_abt(Accumulators<MI, NJ>& acc, const Rows<Columns, MI, InRegisters>& a, const Tiles<Columns>& tiles,
+                                 uint32_t b_tile) {
+    cuda::product_abt<T>(acc, a, tiles, b_tile);
+  }
+  template <int Columns, int MI, int NJ>
+  DEVICE static void product_pb(Accumulators<MI, Columns / 8>& acc, const Accumulators<MI, NJ>& p, const Tiles<Columns>& tiles,
+                                uint32_t b_tile) {
+    cuda::product_pb<T, Columns>(acc, p, tiles, b_tile);
   }
 
   // The output's column that acc[mi][j][2 h + e] is.

@@ -2,6 +2,7 @@
 // ScoreParams and DropoutParams): everything but a positive scale, which costs nothing.
 #pragma once
 #include "core/dropout.h"
+#include "core/mask.h"
 #include "core/online_softmax.h"
 #include "cuda/accumulators.cuh"
 
@@ -15,50 +16,84 @@ DEVICE float fast_tanh(float x) {
   return fabsf(x) < 0.125f ? near_zero : elsewhere;
 }
 
-// Of 16 * MI rows of a warp.
-template <int MI>
+// Which of N keys dropout keeps for a query, in the bits of visible_keys.cuh.  One call of the generator decides over what a
+// thread holds of 32 keys.
+template <int N>
+DEVICE uint32_t kept_keys(const AttentionParams& p, int batch, int head, int query, int key0) {
+  static_assert(N % DropoutIndex::kBlock == 0 || N == DropoutIndex::kBlock / 2);
+  constexpr int kRuns = N / 8;  // of 8 keys, kWords of which a call decides over
+  const uint64_t seed = p.dropout.key();
+  uint32_t kept = 0;
+  UNROLL for (int run = 0; run < kRuns; run += DropoutIndex::kWords) {
+    const DropoutIndex index = DropoutIndex::of(key0 + run * 8 + lane_index() % 4 * 2);
+    uint32_t words[4] = {index.call, static_cast<uint32_t>(query), static_cast<uint32_t>(head), static_cast<uint32_t>(batch)};
+    Philox<ScalarPhilox>::generate(words, seed);
+    if (kRuns < DropoutIndex::kWords && index.word) words[0] = words[2], words[1] = words[3];  // the second half of 32 keys
+    UNROLL for (int word = 0; word < DropoutIndex::kWords && run + word < kRuns; ++word)
+      UNROLL for (int half = 0; half < 2; ++half) {
+        const bool keeps = static_cast<int32_t>(words[word] >> 16 * half & 0xffff) < p.dropout.threshold;
+        kept |= static_cast<uint32_t>(keeps) << (2 * (run + word) + half);
+      }
+  }
+  return kept;
+}
+
+// Of a warp's tile; Place says which queries and keys it has.
+template <class Place>
 class ScoreTerms {
+  using Scores = Accumulators<Place::MI, Place::NJ>;
   const AttentionParams& p_;
   int batch_, head_;
   int query0_;
 
   // Rows past the end count as the last one: they are dropped.
-  DEVICE int64_t query(int mi, int h) const {
-    return min_i64(query0_ + mi * 16 + h * 8 + lane_index() / 4, p_.shape.query_len - 1);
+  DEVICE int64_t query(int q) const {
+    return min_i64(query0_ + Place::first_query() + Place::query_offset(q), p_.shape.query_len - 1);
   }
 
-  template <class T, int NJ>
-  DEVICE void add_bias(Accumulators<MI, NJ>& s, int key0) const {
+  template <class T>
+  DEVICE void add_bias(Scores& s, int key0) const {
     const ConstTensorView& bias = p_.score.bias;
-    const int column = key0 + lane_index() % 4 * 2, existing = static_cast<int>(p_.shape.kv_len) - column;
+    const int key = key0 + Place::first_key(), existing = static_cast<int>(p_.shape.kv_len) - key;
     const T* const first = static_cast<const T*>(bias.data) + batch_ * bias.stride_batch + head_ * bias.stride_head +
-                           column * bias.stride_column;
-    UNROLL for (int mi = 0; mi < MI; ++mi)
-      UNROLL for (int h = 0; h < 2; ++h) {
-        const T* at = first + query(mi, h) * bias.stride_row;
-        UNROLL for (int j = 0; j < NJ; ++j, at += 8 * bias.stride_column)
-          UNROLL for (int e = 0; e < 2; ++e) {
-            if (8 * j + e >= existing) continue;
-            const float value = bias_in_log2<float>(to_float(at[e * bias.stride_column]));
-            float& score = s[mi][j][2 * h + e];
-            score = value == -INFINITY ? value : score + value;  // what the key is does not matter then
-          }
+                           key * bias.stride_column;
+    UNROLL for (int q = 0; q < Place::kQueries; ++q) {
+      const T* const row = first + query(q) * bias.stride_row;
+      UNROLL for (int k = 0; k < Place::kKeys; ++k) {
+        if (Place::key_offset(k) >= existing) continue;
+        const float value = bias_in_log2<float>(to_float(row[Place::key_offset(k) * bias.stride_column]));
+        float& score = Place::at(s, q, k);
+        score = value == -INFINITY ? value : score + value;  // what the key is does not matter then
       }
+    }
   }
-  template <int NJ>
-  DEVICE void subtract_alibi(Accumulators<MI, NJ>& s, int key0) const {
+  DEVICE void subtract_alibi(Scores& s, int key0) const {
     const ScoreParams& score = p_.score;
     const double* const slopes = score.alibi_slopes + batch_ * score.alibi_stride_batch + head_ * score.alibi_stride_head;
-    const int column = key0 + lane_index() % 4 * 2;
-    UNROLL for (int mi = 0; mi < MI; ++mi)
-      UNROLL for (int h = 0; h < 2; ++h) {
-        const int64_t i = query(mi, h);
-        const int64_t position = score.alibi_positions ? score.alibi_positions[i] : i + p_.shape.kv_len - p_.shape.query_len;
-        const float slope = static_cast<float>(slopes[i * score.alibi_stride_row]) * static_cast<float>(kLog2E);
-        const float distance = static_cast<float>(position - column);
-        UNROLL for (int j = 0; j < NJ; ++j)
-          UNROLL for (int e = 0; e < 2; ++e) s[mi][j][2 * h + e] -= slope * fabsf(distance - static_cast<float>(8 * j + e));
-      }
+    const int key = key0 + Place::first_key();
+    UNROLL for (int q = 0; q < Place::kQueries; ++q) {
+      const int64_t i = query(q);
+      const int64_t position = score.alibi_positions ? score.alibi_positions[i] : i + p_.shape.kv_len - p_.shape.query_len;
+      const float slope = static_cast<float>(slopes[i * score.alibi_stride_row]) * static_cast<float>(kLog2E);
+      const float distance = static_cast<float>(position - key);
+      UNROLL for (int k = 0; k < Place::kKeys; ++k)
+        Place::at(s, q, k) -= slope * fabsf(distance - static_cast<float>(Place::key_offset(k)));
+    }
+  }
+  // f(score, tanh) for all scores of a softcap.
+  template <class F>
+  DEVICE void capped(Scores& s, const F& f) const {
+    const ScoreParams& score = p_.score;
+    const float to_cap = static_cast<float>(score.scale / score.softcap), cap_log2 = static_cast<float>(score.softcap * kLog2E);
+    for_pairs<Place>([&](int q, int k) {
+      const float t = fast_tanh(Place::at(s, q, k) * to_cap);
+      Place::at(s, q, k) = cap_log2 * t;
+      f(q, k, t);
+    });
+  }
+  DEVICE void scale(Scores& s) const {
+    const float scale_log2 = static_cast<float>(p_.score.scale * kLog2E);
+    for_pairs<Place>([&](int q, int k) { Place::at(s, q, k) *= scale_log2; });
   }
 
  public:
@@ -66,18 +101,28 @@ class ScoreTerms {
       : p_(p), batch_(batch), head_(head), query0_(query0) {}
 
   // Products become scores in units of log2.  Where there is a bias, every tile is partial.
-  template <bool kPartial, int NJ>
-  DEVICE void apply(Accumulators<MI, NJ>& s, int key0) const {
-    const ScoreParams& score = p_.score;
-    if (score.softcap > 0) {
-      const float to_cap = static_cast<float>(score.scale / score.softcap), cap_log2 = static_cast<float>(score.softcap * kLog2E);
-      for_elements<MI, NJ>([&](int mi, int h, int j, int e) {
-        s[mi][j][2 * h + e] = cap_log2 * fast_tanh(s[mi][j][2 * h + e] * to_cap);
-      });
+  template <bool kPartial>
+  DEVICE void apply(Scores& s, int key0) const {
+    if (p_.score.softcap > 0) capped(s, [](int, int, float) {});
+    else scale(s);
+    add<kPartial>(s, key0);
+  }
+  // The same, with the slope of the softcap.
+  template <bool kPartial>
+  DEVICE void apply(Scores& s, int key0, Scores& slope) const {
+    if (p_.score.softcap > 0) {
+      capped(s, [&](int q, int k, float t) { Place::at(slope, q, k) = 1.f - t * t; });
     } else {
-      const float scale_log2 = static_cast<float>(score.scale * kLog2E);
-      for_elements<MI, NJ>([&](int mi, int h, int j, int e) { s[mi][j][2 * h + e] *= scale_log2; });
+      scale(s);
+      for_pairs<Place>([&](int q, int k) { Place::at(slope, q, k) = 1.f; });
     }
+    add<kPartial>(s, key0);
+  }
+
+ private:
+  template <bool kPartial>
+  DEVICE void add(Scores& s, int key0) const {
+    const ScoreParams& score = p_.score;
     if constexpr (kPartial) {
       if (score.bias.data && score.bias_dtype == DType::float32) add_bias<float>(s, key0);
       if (score.bias.data && score.bias_dtype == DType::float16) add_bias<Float16>(s, key0);
@@ -86,23 +131,14 @@ class ScoreTerms {
     if (score.alibi_slopes) subtract_alibi(s, key0);
   }
 
-  // Weights that are dropped become 0.  One call of the generator decides over what a thread holds of 32 keys.
-  template <int NJ>
-  DEVICE void drop(Accumulators<MI, NJ>& weights, int key0) const {
-    const uint64_t seed = p_.dropout.key();
-    static_assert(NJ % DropoutIndex::kWords == 0);
-    UNROLL for (int mi = 0; mi < MI; ++mi)
-      UNROLL for (int h = 0; h < 2; ++h)
-        UNROLL for (int block = 0; block < NJ; block += DropoutIndex::kWords) {
-          const uint32_t call = DropoutIndex::of(key0 + block * 8 + lane_index() % 4 * 2).call;
-          uint32_t words[4] = {call, static_cast<uint32_t>(query(mi, h)), static_cast<uint32_t>(head_), static_cast<uint32_t>(batch_)};
-          Philox<ScalarPhilox>::generate(words, seed);
-          UNROLL for (int word = 0; word < DropoutIndex::kWords; ++word)
-            UNROLL for (int half = 0; half < 2; ++half) {
-              const bool kept = static_cast<int32_t>(words[word] >> 16 * half & 0xffff) < p_.dropout.threshold;
-              if (!kept) weights[mi][block + word][2 * h + half] = 0.f;
-            }
-        }
+ public:
+  // Weights that are dropped become 0; of tiles whose rows are queries.
+  DEVICE void drop(Scores& weights, int key0) const {
+    UNROLL for (int q = 0; q < Place::kQueries; ++q) {
+      const uint32_t kept = kept_keys<4 * Place::kKeys>(p_, batch_, head_, static_cast<int>(query(q)), key0);
+      UNROLL for (int k = 0; k < Place::kKeys; ++k)
+        if (!(kept >> k & 1)) Place::at(weights, q, k) = 0.f;
+    }
   }
 };
 

@@ -2,6 +2,7 @@
 #pragma once
 #include <span>
 
+#include "cuda/backward.h"
 #include "cuda/kernels.h"
 
 namespace attn_ext::cuda {
@@ -14,7 +15,31 @@ struct ForwardVariant {
   void (*launch)(const ForwardParams&, const Stream&, const ForwardVariant&);
 };
 
+// A kernel of the backward pass.
+struct BackwardVariant {
+  const char* name;
+  DType dtype;
+  int key_columns, value_columns, queries, keys, shared_bytes;
+  bool modified;        // does it take modified scores and dropout?
+  KeyOutputs outputs;   // of those of key gradients
+  void (*launch)(const BackwardArguments&, int64_t blocks, const Stream&, const BackwardVariant&);
+};
+// Tells tiles of queries and keys which of them meet.
+struct MeetingsVariant {
+  int queries, keys;
+  void (*launch)(const BackwardArguments&, const Stream&);
+};
+
 // Those of core/variants.def.
 std::span<const ForwardVariant* const> forward_variants();
+std::span<const BackwardVariant* const> key_gradient_variants();
+std::span<const BackwardVariant* const> query_gradient_variants();
+std::span<const BackwardVariant* const> bias_gradient_variants();
+
+// The small kernels around them (backward_steps.cu).
+const MeetingsVariant* meetings_variant(int queries, int keys);  // null: there is none for such tiles
+void prepare_rows(const BackwardArguments& arguments, const Stream& stream);
+void add_sink_gradients(const BackwardArguments& arguments, const Stream& stream);
+void add_bias_splits(const BackwardArguments& arguments, const Stream& stream);
 
 }  // namespace attn_ext::cuda

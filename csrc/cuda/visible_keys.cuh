@@ -111,19 +111,25 @@ class VisibleKeys {
   }
 };
 
-// -inf for what the 16 * MI rows of a warp from query0 on do not see.
+// -inf for what is not seen; seen(q) has a bit for each of the thread's keys.
+template <class Place, class Seen>
+DEVICE void hide(Accumulators<Place::MI, Place::NJ>& s, const Seen& seen) {
+  UNROLL for (int q = 0; q < Place::kQueries; ++q) {
+    const uint32_t bits = seen(q);
+    UNROLL for (int k = 0; k < Place::kKeys; ++k)
+      if (!(bits >> k & 1)) Place::at(s, q, k) = -INFINITY;
+  }
+}
+// What the mask hides from the 16 * MI rows of a warp from query0 on.
 template <int MI, int NJ>
 DEVICE void hide(Accumulators<MI, NJ>& s, const AttentionParams& p, int batch, int head, int query0, int key0) {
+  using Place = QueryRows<MI, NJ>;
   const VisibleKeys<NJ * 8> visible(p, batch, head, key0);
-  UNROLL for (int mi = 0; mi < MI; ++mi)
-    UNROLL for (int h = 0; h < 2; ++h) {
-      // Rows past the end count as the last one: whatever they see is dropped.
-      const int query = query0 + mi * 16 + h * 8 + lane_index() / 4;
-      const uint32_t bits = visible.of(min(query, static_cast<int>(p.shape.query_len) - 1));
-      UNROLL for (int j = 0; j < NJ; ++j)
-        UNROLL for (int e = 0; e < 2; ++e)
-          if (!(bits >> (2 * j + e) & 1)) s[mi][j][2 * h + e] = -INFINITY;
-    }
+  hide<Place>(s, [&](int q) {
+    // Rows past the end count as the last one: whatever they see is dropped.
+    const int query = query0 + Place::first_query() + Place::query_offset(q);
+    return visible.of(min(query, static_cast<int>(p.shape.query_len) - 1));
+  });
 }
 
 }  // namespace attn_ext::cuda

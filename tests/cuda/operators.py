@@ -24,14 +24,17 @@ def build_arguments() -> dict[str, list[str]]:
 
 
 @contextmanager
-def forward_by(namespace: str) -> Iterator[None]:
-    """The public functions call the forward operators of `torch.ops.<namespace>`."""
+def attention_by(namespace: str) -> Iterator[None]:
+    """The public functions call the operators of `torch.ops.<namespace>`, as far as there are any."""
     operators = getattr(torch.ops, namespace)
+    replaced = {}
+    for name in ("attention_forward", "attention_output", "attention_backward"):
+        if hasattr(operators, name):
+            replaced[name] = getattr(operators, name).default
     with mock.patch.multiple(
         _ops,
-        attention_forward=operators.attention_forward.default,
-        attention_output=operators.attention_output.default,
-        _forward_handle=operators.attention_forward.default._handle,
-        _output_handle=operators.attention_output.default._handle,
+        _forward_handle=replaced["attention_forward"]._handle,
+        _output_handle=replaced["attention_output"]._handle,
+        **replaced,
     ):
         yield

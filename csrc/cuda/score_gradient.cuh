@@ -1,0 +1,124 @@
+// From products of queries and keys to weights, and from dP to dS: what the kernels of the backward pass do between products.
+//
+//   P = 2^(s - normalizer),   dS = P * (dP - D_i),   both of a warp's tile; Place says which queries and keys it has
+#pragma once
+#include "cuda/backward.h"
+#include "cuda/scores.cuh"
+
+namespace attn_ext::cuda {
+
+// Of one head.
+class RowNormalizers {
+  const float *lse_, *residual_;
+  int rows_;
+
+ public:
+  DEVICE RowNormalizers(const BackwardParams& p, int batch, int head) : rows_(static_cast<int>(p.shape.query_len)) {
+    const int64_t first = (static_cast<int64_t>(batch) * p.shape.heads + head) * p.shape.query_len;
+    lse_ = static_cast<const float*>(p.lse) + first, residual_ = static_cast<const float*>(p.lse_residual) + first;
+  }
+  // In two parts: one float rounds away what is a factor in all weights of the row.
+  DEVICE float2 operator()(int row) const {
+    const float lse = row < rows_ ? lse_[row] : -INFINITY;
+    return lse == -INFINITY ? make_float2(INFINITY, 0.f) : make_float2(RowStatistics<float>::to_log2(lse), residual_[row]);
+  }
+};
+
+// Scores in units of log2 become weights.  query0: the warp's first.
+template <class Place>
+DEVICE void precise_weights(Accumulators<Place::MI, Place::NJ>& s, const RowNormalizers& normalizers, int query0) {
+  UNROLL for (int q = 0; q < Place::kQueries; ++q) {
+    const float2 normalizer = normalizers(query0 + Place::first_query() + Place::query_offset(q));
+    UNROLL for (int k = 0; k < Place::kKeys; ++k) {
+      float& p = Place::at(s, q, k);
+      p = ex2_approx((p - normalizer.x) - normalizer.y);
+    }
+  }
+}
+// Products become weights where no normalizer is so large that rounding shows.  factor brings them to units of log2.
+template <class Place>
+DEVICE void weights(Accumulators<Place::MI, Place::NJ>& s, float factor, const float (&normalizer)[Place::kQueries]) {
+  for_pairs<Place>([&](int q, int k) {
+    float& p = Place::at(s, q, k);
+    p = ex2_approx(fused(p, factor, -normalizer[q]));
+  });
+}
+
+// dP - D_i becomes dS.  What a mask hides weighs 0, and dP may be anything there.
+template <bool kPartial, int MI, int NJ>
+DEVICE void score_gradient(Accumulators<MI, NJ>& dp, const Accumulators<MI, NJ>& weights) {
+  for_elements<MI, NJ>([&](int mi, int h, int j, int e) {
+    const float weight = weights[mi][j][2 * h + e];
+    float& ds = dp[mi][j][2 * h + e];
+    ds = kPartial && weight == 0.f ? 0.f : weight * ds;
+  });
+}
+
+// Scores that are modified, and dropout: what dP and dS need of them.
+template <class Place>
+class ModifiedScores {
+  using Scores = Accumulators<Place::MI, Place::NJ>;
+  const DropoutParams& dropout_;
+  Scores slope_;                    // of the softcap
+  uint32_t kept_[Place::kQueries];  // by dropout: a bit for each key
+
+ public:
+  DEVICE explicit ModifiedScores(const DropoutParams& dropout) : dropout_(dropout) {}
+
+  template <bool kPartial>
+  DEVICE void apply(Scores& s, const ScoreTerms<Place>& terms, int key0) { terms.template apply<kPartial>(s, key0, slope_); }
+  // kept(q) has a bit for each of the thread's keys.
+  template <class Kept>
+  DEVICE void set_kept(const Kept& kept) {
+    if (dropout_.enabled()) UNROLL for (int q = 0; q < Place::kQueries; ++q) kept_[q] = kept(q);
+  }
+  // The weights that values are summed with, but for a common factor.
+  DEVICE void drop(Scores& weights) const {
+    if (!dropout_.enabled()) return;
+    for_pairs<Place>([&](int q, int k) {
+      if (!(kept_[q] >> k & 1)) Place::at(weights, q, k) = 0.f;
+    });
+  }
+  // dP, of the weights that are left, becomes the gradient of the score: dS.
+  template <bool kPartial>
+  DEVICE void gradient(Scores& dp, const Scores& weights, const float (&minus_delta)[Place::kQueries]) const {
+    const float factor = static_cast<float>(dropout_.inverse_keep);
+    for_pairs<Place>([&](int q, int k) {
+      float& ds = Place::at(dp, q, k);
+      if (dropout_.enabled()) ds = kept_[q] >> k & 1 ? ds * factor : 0.f;
+      ds += minus_delta[q];
+    });
+    score_gradient<kPartial>(dp, weights);
+  }
+  // dS becomes the gradient of the scaled product.
+  template <bool kPartial>
+  DEVICE void through_softcap(Scores& ds) const {
+    for_pairs<Place>([&](int q, int k) { Place::at(ds, q, k) *= Place::at(slope_, q, k); });
+  }
+};
+
+// acc += P * B without the rows of B whose weight is 0: they are hidden, and may hold what is not finite.
+template <class Math, class Tile, int MI, int NJ, int DJ>
+DEVICE void visible_product(Accumulators<MI, DJ>& acc, const Accumulators<MI, NJ>& p, const unsigned char* b_tile) {
+  UNROLL for (int j = 0; j < NJ; ++j)
+    UNROLL for (int e = 0; e < 2; ++e)
+#pragma unroll 1
+      for (int t = 0; t < 4; ++t) {
+        const int owner = (lane_index() & ~3) | t, row = 8 * j + 2 * t + e;
+        float weight[MI][2];
+        UNROLL for (int mi = 0; mi < MI; ++mi)
+          UNROLL for (int h = 0; h < 2; ++h) weight[mi][h] = __shfl_sync(kAllLanes, p[mi][j][2 * h + e], owner);
+        UNROLL for (int c = 0; c < DJ; ++c)
+          UNROLL for (int f = 0; f < 2; ++f) {
+            using T = typename Tile::Element;
+            const float b = to_float(*reinterpret_cast<const T*>(b_tile + Tile::element(row, Math::column(c, f))));
+            UNROLL for (int mi = 0; mi < MI; ++mi)
+              UNROLL for (int h = 0; h < 2; ++h) {
+                float& sum = acc[mi][c][2 * h + f];
+                sum = weight[mi][h] == 0.f ? sum : fused(weight[mi][h], b, sum);
+              }
+          }
+      }
+}
+
+}  // namespace attn_ext::cuda
