@@ -44,7 +44,6 @@ class Chip:
     fp32: Figure
 
 
-_GUIDE = "CUDA C++ Programming Guide, throughput of native arithmetic instructions"
 _CHIPS = (
     Chip(
         "A100",
@@ -54,27 +53,27 @@ _CHIPS = (
         Figure(2.039e12, "datasheet, A100 80GB SXM"),
         Figure(5120, "A100 whitepaper, p. 35; smallscientist1/cuda_microbenchmark has 3840 with cp.async"),
         Figure(2048, "A100 whitepaper, 1024 FMA; mma.sync has all of it"),
-        Figure(64, _GUIDE),
+        Figure(64, "A100 whitepaper, table 4: FP32 cores"),
     ),
     Chip(
         "L4",
         "89",
-        Figure(58, "datasheet: 7424 CUDA cores of 128 a multiprocessor"),
+        Figure(58, "fpsbench.com: 7424 cores of 128; others say 60, but 121 TFLOP/s at 2.04e9 are of 58"),
         Figure(2.04e9, "datasheet, 121 TFLOP/s / (58 x 1024); assumed to be held: 72 W may not allow it"),
         Figure(300e9, "datasheet"),
         Figure(973, "assumed: half of an RTX 4090's 1946 (smallscientist1/cuda_microbenchmark), as its bus"),
         Figure(1024, "datasheet, 121 TFLOP/s without sparsity; mma.sync has all of it"),
-        Figure(128, _GUIDE),
+        Figure(128, "FP32 cores: 7424 / 58"),
     ),
     Chip(
         "H100",
         "90",
         Figure(132, "H100 whitepaper, SXM5"),
-        Figure(1.83e9, "datasheet, 989 TFLOP/s / (132 x 4096); seen under load: 1.78e9"),
+        Figure(1.83e9, "datasheet, 989 TFLOP/s / (132 x 4096); smallscientist1/cutlass-kernels saw 1.78e9"),
         Figure(3.35e12, "datasheet, H100 SXM"),
         Figure(4472, "measured on an H800 PCIe: Luo et al., arXiv 2402.13499, table V"),
         Figure(2576, "recalled: mma.sync gets 62.9 % of wgmma's 4096, Luo et al., arXiv 2402.13499"),
-        Figure(128, _GUIDE),
+        Figure(128, "H100 whitepaper, table 3: FP32 cores"),
     ),
     Chip(
         "B200",
@@ -84,15 +83,17 @@ _CHIPS = (
         Figure(8e12, "datasheet"),
         Figure(5014, "assumed: as much a multiprocessor as the H100"),
         Figure(2048, "8 clocks a quadrant for an m16n8k16, 8.2 to 8.5 measured (public code); tcgen05: 8192"),
-        Figure(128, _GUIDE),
+        Figure(128, "FP32 cores: 18944 (hmc-tech.com) / 148"),
     ),
 )
 CHIPS = {chip.name: chip for chip in _CHIPS}
 
 # Of every multiprocessor here, a clock.
-EXPONENTIALS = Figure(16, f"{_GUIDE}; FlashAttention-4 (Together AI) for the B200")  # ex2.approx
-ISSUE = Figure(4, "four schedulers of one each: A100 and H100 whitepapers; assumed of the others")
-SHARED = Figure(128, "bytes: 32 banks of 4, CUDA C++ Programming Guide; FlashAttention-4 for the B200")
+EXPONENTIALS = Figure(
+    16, "ex2: FlashAttention-4 of H100 and B200; recalled of the others, CUDA Programming Guide"
+)
+ISSUE = Figure(4, "recalled: four schedulers of one each, A100 and H100 whitepapers; assumed of the others")
+SHARED = Figure(128, "bytes: 32 banks of 4, CUDA Programming Guide; FlashAttention-4 of H100 and B200")
 # Of instructions.
 MMA_FLOPS = Figure(4096, "m16n8k16: 2 x 16 x 8 x 16")
 LDMATRIX_BYTES = Figure(512, "ldmatrix.x4: four 8x8 matrices of 16 bits, without bank conflicts")

@@ -52,7 +52,7 @@ class Peer(NamedTuple):
 
 
 def _peer(tile: tuple[int, int], warps: int, counts: Sequence[int], copied: int) -> Work:
-    """From a warp's mma, ldmatrix, fp32 and all instructions."""
+    """From a warp's mma, ldmatrix, fp32 and all instructions; maxima, one a score, are assumed."""
     mma, ldmatrix, fp32, instructions = (count * warps for count in counts)
     return Work(mma, ldmatrix, tile[0] * tile[1], copied, fp32, instructions)
 
@@ -303,7 +303,8 @@ Further:
 - Kernels of fp32 and of modified scores are not modelled; decoding takes what its cache takes to be read."""
 
 _CHECK = """TFLOP/s of long sequences, from the instructions of FlashAttention-2's loops as nvcc 13.0 compiles
-them for sm_80: those of docs/cuda_report.md, and 977 of a warp for 64 x 128 scores of the backward."""
+them for sm_80: those of docs/cuda_report.md, and 977 of a warp for 64 x 128 scores of the backward.  All of
+them count as executed."""
 
 _FALSIFIED = """## What would contradict this
 
