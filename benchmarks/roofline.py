@@ -88,7 +88,7 @@ def _assumptions(chips: Sequence[Chip]) -> str:
     tables = [figures_table(figures(of), of.name) for of in chips]
     tables.append(figures_table(COMMON, "each multiprocessor, a clock"))
     tables.append(figures_table(COUNTS, "instructions"))
-    return "## Assumptions\n\n" + "\n\n".join(tables)
+    return f"## Assumptions\n\n{_UNITS}\n\n" + "\n\n".join(tables)
 
 
 def _rate(of: Chip, flops: float, clocks: float) -> float:
@@ -301,6 +301,9 @@ Further:
 - Blocks start in their order on the multiprocessor that is free first.
 - Of backwards, weights stay in registers between products.
 - Kernels of fp32 and of modified scores are not modelled; decoding takes what its cache takes to be read."""
+
+_UNITS = """Clocks in Hz, memory in bytes a second; L2 in bytes a clock for all multiprocessors together,
+tensor in FLOP and fp32 in operations a clock for each."""
 
 _CHECK = """TFLOP/s of long sequences, from the instructions of FlashAttention-2's loops as nvcc 13.0 compiles
 them for sm_80: those of docs/cuda_report.md, and 977 of a warp for 64 x 128 scores of the backward.  All of
