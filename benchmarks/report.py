@@ -42,6 +42,7 @@ def render_header(document: dict) -> str:
         f"{threads.capitalize()}, {clock}; interleaved rounds, median and half the interquartile range; "
         "x torch is the speed relative to torch, round by round, quartiles in brackets; above 1 is faster.",
         f"MKL with its vendor check bypassed: {document['mkl_unlocked']}.",
+        "Of CPUs only: docs/roofline.md predicts what the CUDA kernels take.",
         f"Commit {document['commit']}, {document['date']}.",
     ]
     return "# Benchmarks\n\n" + "\n".join(f"- {line}" for line in lines)
