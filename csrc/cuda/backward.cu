@@ -65,7 +65,7 @@ int64_t tiles(int64_t length, int of) { return (length + of - 1) / of; }
 struct Plan {
   const BackwardVariant *key = nullptr, *value = nullptr;  // value: null where key computes both
   const BackwardVariant *query = nullptr, *bias = nullptr;
-  const MeetingsVariant* meetings = nullptr;
+  const MeetingsVariant *of_keys = nullptr, *of_queries = nullptr;
 
   Plan(const BackwardParams& p, const Device& device)
       : query(select(query_gradient_variants(), p, device)),
@@ -76,9 +76,10 @@ struct Plan {
     const bool halves = half && other_half && (!both || better(*half, *both));
     key = halves ? half : both;
     value = halves ? other_half : nullptr;
-    if (key) meetings = meetings_variant(key->queries, key->keys);
+    of_keys = key ? meetings_variant(*key, true) : nullptr;
+    of_queries = query ? meetings_variant(*query, false) : nullptr;
   }
-  bool is_complete(const BackwardParams& p) const { return key && query && meetings && (bias || !p.grad_bias.data); }
+  bool is_complete(const BackwardParams& p) const { return key && query && of_keys && of_queries && (bias || !p.grad_bias.data); }
 
   int64_t key_blocks(const BackwardParams& p) const { return tiles(p.shape.kv_len, key->keys) * p.shape.kv_heads * p.shape.batch; }
   int64_t query_blocks(const BackwardParams& p) const {
@@ -112,20 +113,24 @@ class Memory {
 BackwardArguments arguments_in(Memory& memory, const BackwardParams& p, const Plan& plan) {
   const AttentionShape& shape = p.shape;
   const MaskParams& mask = p.mask;
-  BackwardArguments a{.params = p, .rows = {}, .meetings = {}, .bias = {}};
+  BackwardArguments a{.params = p, .rows = {}, .of_keys = {}, .of_queries = {}, .bias = {}};
   const int64_t heads = shape.batch * shape.heads;
   a.rows.padded = tiles(shape.query_len, kRowBlock) * kRowBlock;
-  a.rows.normalizer = memory.take<float>(heads * a.rows.padded);
-  a.rows.minus_delta = memory.take<float>(heads * a.rows.padded * 2);
+  a.rows.terms = memory.take<float>(heads * a.rows.padded * RowTerms::kFloats);
   a.rows.precise = memory.take<int32_t>(heads * (a.rows.padded / kRowBlock));
   a.rows.sink = p.grad_sinks ? memory.take<float>(heads * shape.query_len) : nullptr;
   // One list of meetings for all batch elements and heads that have the same mask.
-  a.meetings.batch = static_cast<int>(mask.key_ranges.stride_batch || mask.blocks.stride_batch ? shape.batch : 1);
-  a.meetings.heads = static_cast<int>(mask.blocks.stride_head ? shape.heads : 1);
-  a.meetings.query_tiles = static_cast<int>(tiles(shape.query_len, plan.key->queries));
-  a.meetings.key_tiles = static_cast<int>(tiles(shape.kv_len, plan.key->keys));
-  a.meetings.data = memory.take<uint8_t>(static_cast<int64_t>(a.meetings.batch) * a.meetings.heads * a.meetings.query_tiles *
-                                         a.meetings.key_tiles);
+  const auto meetings = [&](int64_t rows, int64_t columns) {
+    Meetings result{.data = nullptr,
+                    .batch = static_cast<int>(mask.key_ranges.stride_batch || mask.blocks.stride_batch ? shape.batch : 1),
+                    .heads = static_cast<int>(mask.blocks.stride_head ? shape.heads : 1),
+                    .rows = static_cast<int>(rows),
+                    .columns = static_cast<int>(columns)};
+    result.data = memory.take<uint8_t>(result.batch * result.heads * result.per_head());
+    return result;
+  };
+  a.of_keys = meetings(tiles(shape.kv_len, plan.key->keys), tiles(shape.query_len, plan.key->queries));
+  a.of_queries = meetings(tiles(shape.query_len, plan.query->queries), tiles(shape.kv_len, plan.query->keys));
   a.bias.splits = static_cast<int>(plan.bias_splits(p));
   a.bias.partials = a.bias.splits > 1 ? memory.take<float>(a.bias.splits * p.grad_bias_elements) : static_cast<float*>(p.grad_bias.data);
   return a;
@@ -160,7 +165,10 @@ void backward(const BackwardParams& p, void* workspace, const Stream& stream) {
   const AttentionShape& shape = p.shape;
   const bool has_queries = shape.batch && shape.heads && shape.query_len, has_keys = shape.batch && shape.kv_heads && shape.kv_len;
   if (has_queries) prepare_rows(a, stream);
-  if (has_queries && has_keys) plan.meetings->launch(a, stream);
+  if (has_queries && has_keys) {
+    plan.of_keys->launch(a, stream);
+    plan.of_queries->launch(a, stream);
+  }
   if (has_keys) plan.key->launch(a, plan.key_blocks(p), stream, *plan.key);
   if (has_keys && plan.value) plan.value->launch(a, plan.key_blocks(p), stream, *plan.value);
   if (has_queries) plan.query->launch(a, plan.query_blocks(p), stream, *plan.query);

@@ -9,19 +9,30 @@ namespace attn_ext::cuda {
 constexpr int kRowBlock = 128;
 
 // A row of scores leaves with the weight P = 2^(s - normalizer), and D_i = rowsum(dO * O) - dlse.
+//
+// Four rows are 12 floats: their normalizers, lse in units of log2, inf (which makes P 0) for rows that see nothing or do not
+// exist; then -D_i of two rows as accumulators of KeyRows have them, a, b, a, b; and of the other two.
 struct RowTerms {
-  float* normalizer;     // [batch][heads][padded]: lse in units of log2; inf, which makes P 0, for rows that see nothing or do not exist
-  float* minus_delta;    // [batch][heads][padded / 2][4]: -D_i of two rows, as accumulators of KeyRows have them: a, b, a, b
+  static constexpr int kFloats = 3;  // a row
+
+  // Where the terms of a row are, in floats from those of row 0.
+  ATTN_HD static constexpr int64_t normalizer(int64_t row) { return row / 4 * (4 * kFloats) + row % 4; }
+  ATTN_HD static constexpr int64_t minus_delta(int64_t row) { return row / 4 * (4 * kFloats) + 4 + row % 4 / 2 * 4 + row % 2; }
+
+  float* terms;          // [batch][heads][padded rows]
   int32_t* precise;      // [batch][heads][padded / kRowBlock]: does rounding a normalizer show in a weight?
   float* sink;           // [batch][heads][query_len]: what each row adds to the gradient of its sink; null: not wanted
   int64_t padded;
 };
 
-// Which tiles of queries meet a tile of keys: what KeyVisitor knows, the other way around.
-enum TileMeeting : uint8_t { kApart, kWhole, kPartial };
+// Which tiles of keys meet a tile of queries, as KeyVisitor knows it, written down; or which tiles of queries a tile of keys.
+enum Meeting : uint8_t { kApart, kWhole, kPartial };
 struct Meetings {
-  uint8_t* data;  // [batch or 1][heads or 1][key tiles][query tiles]
-  int batch, heads, query_tiles, key_tiles;
+  uint8_t* data;       // [batch or 1][heads or 1][rows][columns]
+  int batch, heads;
+  int rows, columns;   // tiles of keys and of queries, or of queries and of keys
+
+  ATTN_HD int64_t per_head() const { return static_cast<int64_t>(rows) * columns; }
 };
 
 // The gradient of a bias is summed by `splits` blocks for each of its tiles, and then over the splits.
@@ -58,7 +69,7 @@ enum class KeyOutputs { both, key, value };
 struct BackwardArguments {
   BackwardParams params;
   RowTerms rows;
-  Meetings meetings;
+  Meetings of_keys, of_queries;  // for the kernels of these gradients, whose tiles they are
   BiasSums bias;
 };
 

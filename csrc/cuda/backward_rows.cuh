@@ -65,9 +65,9 @@ __global__ void __launch_bounds__(kRowThreads) backward_rows(const __grid_consta
     delta -= grad_lse;
     const float normalizer = sees ? lse_log2 + residual : INFINITY;
     precise |= sees && !(fabsf(normalizer) <= kLargestRounded);
-    a.rows.normalizer[head_row * a.rows.padded + row] = normalizer;
-    float* const quad = a.rows.minus_delta + (head_row * a.rows.padded + row / 2 * 2) * 2 + row % 2;
-    quad[0] = quad[2] = -delta;
+    float* const terms = a.rows.terms + head_row * a.rows.padded * RowTerms::kFloats;
+    terms[RowTerms::normalizer(row)] = normalizer;
+    terms[RowTerms::minus_delta(row)] = terms[RowTerms::minus_delta(row) + 2] = -delta;
     if (a.rows.sink && row < shape.query_len) {
       // A sink is a score whose value is 0: dS = P * (0 - D_i).  Of a row that sees no key, out is 0.
       const float weight = sees ? ex2_approx((bias_in_log2<float>(p.score.sinks[head]) - lse_log2) - residual) : 0.f;

@@ -34,18 +34,23 @@ __global__ void __launch_bounds__(kSumThreads) add_splits(const __grid_constant_
   static_cast<float*>(a.params.grad_bias.data)[i] = sum;
 }
 
-template <int M, int N>
-constexpr MeetingsVariant kMeetings = {M, N, [](const BackwardArguments& a, const Stream& stream) {
-  const int64_t tiles = static_cast<int64_t>(a.meetings.batch) * a.meetings.heads * a.meetings.query_tiles;
-  launch<find_meetings<M, N>>("find_meetings", (tiles + kMeetingWarps - 1) / kMeetingWarps, kMeetingWarps * 32, 0, stream, a);
+template <int M, int N, bool kOfKeys>
+constexpr MeetingsVariant kFinds = {M, N, kOfKeys, [](const BackwardArguments& a, const Stream& stream) {
+  const Meetings& meetings = kOfKeys ? a.of_keys : a.of_queries;
+  const int64_t tiles = static_cast<int64_t>(meetings.batch) * meetings.heads * (kOfKeys ? meetings.columns : meetings.rows);
+  launch<find_meetings<M, N, kOfKeys>>(kOfKeys ? "find_meetings_of_keys" : "find_meetings_of_queries",
+                                       (tiles + kMeetingWarps - 1) / kMeetingWarps, kMeetingWarps * 32, 0, stream, a);
 }};
-constexpr const MeetingsVariant* kMeetingsVariants[] = {&kMeetings<64, 64>, &kMeetings<32, 64>, &kMeetings<16, 64>, &kMeetings<16, 32>};
+// For the tiles of core/variants.def.
+constexpr const MeetingsVariant* kMeetingsVariants[] = {
+    &kFinds<64, 64, true>,  &kFinds<32, 64, true>,  &kFinds<16, 64, true>,  &kFinds<16, 32, true>, &kFinds<64, 64, false>,
+    &kFinds<128, 32, false>, &kFinds<64, 32, false>, &kFinds<64, 16, false>, &kFinds<32, 16, false>};
 
 }  // namespace
 
-const MeetingsVariant* meetings_variant(int queries, int keys) {
+const MeetingsVariant* meetings_variant(const BackwardVariant& of, bool of_keys) {
   for (const MeetingsVariant* variant : kMeetingsVariants)
-    if (variant->queries == queries && variant->keys == keys) return variant;
+    if (variant->queries == of.queries && variant->keys == of.keys && variant->of_keys == of_keys) return variant;
   return nullptr;
 }
 

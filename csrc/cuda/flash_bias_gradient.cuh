@@ -59,10 +59,10 @@ __global__ void __launch_bounds__(F::kThreads, 1) flash_bias_gradient(const __gr
   grad_copy.clear_columns(shared + F::kGradOutTile);
   key_copy.clear_columns(shared + F::kKeyTile);
   value_copy.clear_columns(shared + F::kValueTile);
-  const typename Math::template Tiles<kKeyColumns> key_tile(shared);
-  const typename Math::template Tiles<kValueColumns> value_tile(key_tile, shared);
-  const typename Math::template Rows<kKeyColumns, MI> own_queries(key_tile, F::kQueryTile, row0);
-  const typename Math::template Rows<kValueColumns, MI> own_grads(value_tile, F::kGradOutTile, row0);
+  const typename Math::template Tiles<kKeyColumns> key_tile(shared, row0);
+  const typename Math::template Tiles<kValueColumns> value_tile(key_tile, shared, row0);
+  const typename Math::template Rows<kKeyColumns, MI> own_queries(key_tile, F::kQueryTile);
+  const typename Math::template Rows<kValueColumns, MI> own_grads(value_tile, F::kGradOutTile);
   Accumulators<MI, F::NJ> sum;
   clear(sum);
 
@@ -74,13 +74,9 @@ __global__ void __launch_bounds__(F::kThreads, 1) flash_bias_gradient(const __gr
     const int head = own_head + take(index, spans.head.shared), batch = own_batch + static_cast<int>(index);
     const int kv_head = head / static_cast<int>(shape.heads / shape.kv_heads), query0 = m * M, key0 = n * N;
 
-    const VisibleKeys<N> visible(p, batch, head, key0);
     uint32_t seen[Place::kQueries], any = 0;
-    UNROLL for (int q = 0; q < Place::kQueries; ++q) {
-      const int query = query0 + row0 + Place::first_query() + Place::query_offset(q);
-      seen[q] = visible.of(min(query, static_cast<int>(shape.query_len) - 1));
-      any |= seen[q];
-    }
+    find_visible<Place>(seen, p, batch, head, query0 + row0, key0);
+    UNROLL for (int q = 0; q < Place::kQueries; ++q) any |= seen[q];
     if (!__syncthreads_or(any != 0)) continue;  // and the tiles before are read
     query_copy.clipped(shared0 + F::kQueryTile, query_copy.rows(head_of<T>(p.query, batch, head), p.query.stride_row, shape.query_len), m);
     grad_copy.clipped(shared0 + F::kGradOutTile,
@@ -88,11 +84,14 @@ __global__ void __launch_bounds__(F::kThreads, 1) flash_bias_gradient(const __gr
     key_copy.clipped(shared0 + F::kKeyTile, key_copy.rows(head_of<T>(p.key, batch, kv_head), p.key.stride_row, shape.kv_len), n);
     value_copy.clipped(shared0 + F::kValueTile, value_copy.rows(head_of<T>(p.value, batch, kv_head), p.value.stride_row, shape.kv_len), n);
     cp_async_commit();
+    const ScoreTerms<Place> terms(p, batch, head, query0 + row0);
+    ModifiedScores<Place> modified(p.dropout);
+    modified.set_kept([&](int q) { return kept_keys<N>(p, batch, head, terms.query(q), key0); });
     float minus_delta[Place::kQueries];
     UNROLL for (int q = 0; q < Place::kQueries; ++q) {
       const int64_t row = (static_cast<int64_t>(batch) * shape.heads + head) * a.rows.padded + query0 + row0 + Place::first_query() +
                           Place::query_offset(q);
-      minus_delta[q] = a.rows.minus_delta[row / 2 * 4 + row % 2];
+      minus_delta[q] = a.rows.terms[RowTerms::minus_delta(row)];
     }
     cp_async_wait<0>();
     __syncthreads();
@@ -100,17 +99,12 @@ __global__ void __launch_bounds__(F::kThreads, 1) flash_bias_gradient(const __gr
     Accumulators<MI, F::NJ> s, dp;
     clear(s);
     Math::product_abt(s, own_queries, key_tile, F::kKeyTile);
-    ModifiedScores<Place> modified(p.dropout);
-    modified.template apply<true>(s, ScoreTerms<Place>(p, batch, head, query0 + row0), key0);
-    modified.set_kept([&](int q) {
-      const int query = query0 + row0 + Place::first_query() + Place::query_offset(q);
-      return kept_keys<N>(p, batch, head, min(query, static_cast<int>(shape.query_len) - 1), key0);
-    });
+    modified.template apply<true>(s, terms, key0);
     hide<Place>(s, [&](int q) { return seen[q]; });
     precise_weights<Place>(s, RowNormalizers(p, batch, head), query0 + row0);
     clear(dp);
     Math::product_abt(dp, own_grads, value_tile, F::kValueTile);
-    modified.template gradient<true>(dp, s, minus_delta);
+    modified.template gradient<true>(dp, s, [&](int q) { return minus_delta[q]; });
     for_elements<MI, F::NJ>([&](int mi, int h, int j, int e) { sum[mi][j][2 * h + e] += dp[mi][j][2 * h + e]; });
   }
 

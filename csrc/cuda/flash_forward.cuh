@@ -59,9 +59,9 @@ __global__ void __launch_bounds__(F::kThreads, 1) flash_forward(const __grid_con
   if (!run.empty()) key_copy.clipped(shared0 + F::kKeyTile, keys, run.last);
   cp_async_commit();
 
-  const typename F::Math::template Tiles<F::Key::kColumns> key_tiles(shared);
-  const typename F::Math::template Tiles<F::Value::kColumns> value_tiles(key_tiles, shared);
-  typename F::Math::template Rows<F::Key::kColumns, MI, F::kQueryInRegisters> own_queries(key_tiles, F::kQueryTile, row0);
+  const typename F::Math::template Tiles<F::Key::kColumns> key_tiles(shared, row0);
+  const typename F::Math::template Tiles<F::Value::kColumns> value_tiles(key_tiles, shared, row0);
+  typename F::Math::template Rows<F::Key::kColumns, MI, F::kQueryInRegisters> own_queries(key_tiles, F::kQueryTile);
   cp_async_wait<0>();
   __syncthreads();
   own_queries.fetch();
@@ -93,7 +93,11 @@ __global__ void __launch_bounds__(F::kThreads, 1) flash_forward(const __grid_con
     cp_async_commit();
 
     if constexpr (F::kModified) terms.template apply<kPartial>(s, n * N);
-    if constexpr (kPartial) hide(s, p, batch, head, query0 + row0, n * N);
+    if constexpr (kPartial) {
+      uint32_t seen[2 * MI];
+      find_visible<QueryRows<MI, F::NJ>>(seen, p, batch, head, query0 + row0, n * N);
+      hide<QueryRows<MI, F::NJ>>(s, [&](int q) { return seen[q]; });
+    }
     if (!finite) guard.see(s);
     softmax.step(s, o);
     if constexpr (F::kModified) {

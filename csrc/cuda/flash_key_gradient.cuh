@@ -32,8 +32,8 @@ struct KeyGradientTraits {
   static constexpr uint32_t kKeyTile = 0, kValueTile = kOfKey ? Key::kBytes : 0, kFirstStage = kValueTile + Value::kBytes;
   // From the start of a stage.
   static constexpr uint32_t kQueryTile = 0, kGradOutTile = Query::kBytes, kStageBytes = Query::kBytes + GradOut::kBytes;
-  // Normalizers and D_i of the queries of each stage.
-  static constexpr uint32_t kRows = kFirstStage + Stages * kStageBytes, kRowsBytes = M * 12;
+  // RowTerms of the queries of each stage.
+  static constexpr uint32_t kRows = kFirstStage + Stages * kStageBytes, kRowsBytes = M * RowTerms::kFloats * sizeof(float);
   static constexpr uint32_t kBits = kRows + Stages * kRowsBytes, kSharedBytes = kBits + Bits::kBytes;
 };
 
@@ -61,43 +61,38 @@ __global__ void __launch_bounds__(F::kThreads, 1) flash_key_gradient(const __gri
   const Rows grads = grad_copy.rows(head_of<T>(p.grad_out, batch, head0), p.grad_out.stride_row, shape.query_len);
   const int64_t query_head = p.query.stride_head * static_cast<int64_t>(sizeof(T)), grad_head = p.grad_out.stride_head * static_cast<int64_t>(sizeof(T));
   const int64_t first_row = (static_cast<int64_t>(batch) * shape.heads + head0) * a.rows.padded;
-  // The first threads copy 16 bytes each of what is known of rows: normalizers, then D.
-  constexpr int kOfNormalizers = M / 4, kOfRows = M * 3 / 4;
-  const bool copies_delta = static_cast<int>(threadIdx.x) >= kOfNormalizers;
-  const char* const row_terms =
-      copies_delta ? reinterpret_cast<const char*>(a.rows.minus_delta + first_row * 2) + (threadIdx.x - kOfNormalizers) * 16
-                   : reinterpret_cast<const char*>(a.rows.normalizer + first_row) + threadIdx.x * 16;
-  const int row_bytes = copies_delta ? 8 : 4;
+  const float* const row_terms = a.rows.terms + first_row * RowTerms::kFloats + threadIdx.x * 4;  // the first threads copy them
   UNROLL for (int stage = 0; stage < F::kStages; ++stage) {
     unsigned char* const at = shared + F::kFirstStage + stage * F::kStageBytes;
     query_copy.clear_columns(at + F::kQueryTile);
     grad_copy.clear_columns(at + F::kGradOutTile);
   }
 
-  const auto fetch = [&](const QueryTile& from, int stage) {
+  const auto fetch = [&](const MetTile& from, int stage) {
     const int head = from.head - head0;
     Rows query = queries, grad = grads;
     query.data += head * query_head, grad.data += head * grad_head;
     const uint32_t to = shared0 + F::kFirstStage + stage * F::kStageBytes;
-    if ((from.tile + 1) * M <= shape.query_len) {
-      query_copy.whole(to + F::kQueryTile, query, from.tile);
-      grad_copy.whole(to + F::kGradOutTile, grad, from.tile);
+    if ((from.tile() + 1) * M <= shape.query_len) {
+      query_copy.whole(to + F::kQueryTile, query, from.tile(), from.exists());
+      grad_copy.whole(to + F::kGradOutTile, grad, from.tile(), from.exists());
     } else {
-      query_copy.clipped(to + F::kQueryTile, query, from.tile);
-      grad_copy.clipped(to + F::kGradOutTile, grad, from.tile);
+      query_copy.clipped(to + F::kQueryTile, query, from.tile());
+      grad_copy.clipped(to + F::kGradOutTile, grad, from.tile());
     }
-    if (static_cast<int>(threadIdx.x) < kOfRows) {
+    if (from.exists() && threadIdx.x < F::kRowsBytes / 16) {
       cp_async16(shared0 + F::kRows + stage * F::kRowsBytes + threadIdx.x * 16,
-                 row_terms + (head * a.rows.padded + from.tile * M) * row_bytes);
+                 row_terms + (head * a.rows.padded + from.tile() * M) * RowTerms::kFloats);
     }
+    cp_async_commit();
   };
-  const auto is_precise = [&](const QueryTile& of) {
+  const auto is_precise = [&](const MetTile& of) {
     if (F::kAlwaysPrecise || !of.exists()) return F::kAlwaysPrecise;
-    return a.rows.precise[(first_row + (of.head - head0) * a.rows.padded + of.tile * M) / kRowBlock] != 0;
+    return a.rows.precise[(first_row + (of.head - head0) * a.rows.padded + of.tile() * M) / kRowBlock] != 0;
   };
 
-  QueryVisitor visitor(a.meetings, batch, head0, group, tile);
-  QueryTile now = visitor.next();
+  TileVisitor visitor(a.of_keys, batch, head0, group, tile);
+  MetTile now = visitor.next();
   bool precise = is_precise(now);
   const TileCopy<typename F::Key, kThreads> key_copy(shape.head_dim);
   const TileCopy<typename F::Value, kThreads> value_copy(key_copy, shape.value_dim);
@@ -108,13 +103,12 @@ __global__ void __launch_bounds__(F::kThreads, 1) flash_key_gradient(const __gri
     value_copy.clipped(shared0 + F::kValueTile, value_copy.rows(head_of<T>(p.value, batch, kv_head), p.value.stride_row, shape.kv_len),
                        tile);
   }
-  if (now.exists()) fetch(now, 0);
-  cp_async_commit();
+  fetch(now, 0);
 
-  const typename Math::template Tiles<kKeyColumns> key_tile(shared);
-  const typename Math::template Tiles<kValueColumns> value_tile(key_tile, shared);
-  const typename Math::template Rows<kKeyColumns, MI> own_keys(key_tile, F::kKeyTile, row0);
-  const typename Math::template Rows<kValueColumns, MI> own_values(value_tile, F::kValueTile, row0);
+  const typename Math::template Tiles<kKeyColumns> key_tile(shared, row0);
+  const typename Math::template Tiles<kValueColumns> value_tile(key_tile, shared, row0);
+  const typename Math::template Rows<kKeyColumns, MI> own_keys(key_tile, F::kKeyTile);
+  const typename Math::template Rows<kValueColumns, MI> own_values(value_tile, F::kValueTile);
   const typename F::Bits bits(shared + F::kBits);
   const float factor = static_cast<float>(p.score.scale * kLog2E);
   Accumulators<MI, F::kOfKey ? kKeyColumns / 8 : 1> dk;
@@ -123,38 +117,34 @@ __global__ void __launch_bounds__(F::kThreads, 1) flash_key_gradient(const __gri
   clear(dv);
   int stage = 0;
 
-  const auto visit = [&](const QueryTile& next, auto partial) {
+  const auto visit = [&](const MetTile& next, auto partial) {
     constexpr bool kIsPartial = decltype(partial)::value;
     cp_async_wait<0>();
     __syncthreads();  // these queries are there; those of the other stage are read
     const int other = F::kStages == 1 ? 0 : 1 - stage;
     const bool next_precise = is_precise(next);
-    if constexpr (F::kStages == 2) {
-      if (next.exists()) fetch(next, other);
-      cp_async_commit();
-    }
-    const int query0 = now.tile * M;
+    if constexpr (F::kStages == 2) fetch(next, other);
+    const int query0 = now.tile() * M;
     const uint32_t query_at = F::kFirstStage + stage * F::kStageBytes + F::kQueryTile, grad_at = query_at + F::kGradOutTile;
-    const unsigned char* const rows = shared + F::kRows + stage * F::kRowsBytes;
+    const auto* const rows = reinterpret_cast<const float*>(shared + F::kRows + stage * F::kRowsBytes) + RowTerms::normalizer(Place::first_query());
+    const ValueGuard<typename F::Query, Math, decltype(query_copy), MI> query_guard(query_copy, shared + query_at);
+    ValueGuard<typename F::GradOut, Math, decltype(grad_copy), MI> grad_guard(grad_copy, shared + grad_at);
     bool finite = true;
     if (kIsPartial || (F::kModified && p.dropout.enabled())) {
       bits.template write<kIsPartial, F::kModified>(p, batch, now.head, query0, key0);
-      if constexpr (kIsPartial) {
-        const ValueGuard<typename F::Query, Math, decltype(query_copy), MI> query_guard(query_copy, shared + query_at);
-        const ValueGuard<typename F::GradOut, Math, decltype(grad_copy), MI> grad_guard(grad_copy, shared + grad_at);
-        finite = !__syncthreads_or(!query_guard.finite() || !grad_guard.finite());
-      } else {
-        __syncthreads();
-      }
+      if constexpr (kIsPartial) finite = !__syncthreads_or(!query_guard.finite() || !grad_guard.finite());
+      else __syncthreads();
     }
 
+    ModifiedScores<Place> modified(p.dropout);
+    if constexpr (F::kModified) {
+      modified.set_kept([&](int q) { return bits.kept(Place::first_query() + Place::query_offset(q), row0); });
+    }
     Accumulators<MI, F::NJ> s;
     clear(s);
     Math::product_abt(s, own_keys, key_tile, query_at);
-    ModifiedScores<Place> modified(p.dropout);
     if constexpr (F::kModified) {
       modified.template apply<kIsPartial>(s, ScoreTerms<Place>(p, batch, now.head, query0), key0 + row0);
-      modified.set_kept([&](int q) { return bits.kept(Place::first_query() + Place::query_offset(q), row0); });
     } else if (precise) {
       for_pairs<Place>([&](int q, int k) { Place::at(s, q, k) *= factor; });
     }
@@ -164,60 +154,70 @@ __global__ void __launch_bounds__(F::kThreads, 1) flash_key_gradient(const __gri
     } else {
       float normalizer[Place::kQueries];
       UNROLL for (int j = 0; j < F::NJ; ++j) {
-        const float2 two = *reinterpret_cast<const float2*>(rows + (8 * j + Place::first_query()) * 4);
+        const float2 two = *reinterpret_cast<const float2*>(rows + RowTerms::normalizer(8 * j));
         normalizer[2 * j] = two.x, normalizer[2 * j + 1] = two.y;
       }
       weights<Place>(s, factor, normalizer);
     }
-    if constexpr (F::kOfValue) {
-      const auto add = [&](const Accumulators<MI, F::NJ>& weights) {
-        if (finite) Math::product_pb(dv, weights, value_tile, grad_at);
-        else visible_product<Math, typename F::GradOut>(dv, weights, shared + grad_at);
-      };
-      if constexpr (F::kModified) {
-        Accumulators<MI, F::NJ> left;
-        for_pairs<Place>([&](int q, int k) { Place::at(left, q, k) = Place::at(s, q, k); });
-        modified.drop(left);
-        add(left);
-      } else {
-        add(s);
-      }
-    }
-    if constexpr (F::kOfKey) {
-      Accumulators<MI, F::NJ> dp;
-      const auto minus_delta = [&](int j) {  // of two queries, twice
-        return *reinterpret_cast<const float4*>(rows + M * 4 + (8 * j + Place::first_query()) * 8);
-      };
+
+    Accumulators<MI, F::NJ> dp;  // less D_i, unless it is modified
+    // -D_i, from where the normalizers of the same two queries are
+    const float* const deltas = rows + (RowTerms::minus_delta(Place::first_query()) - RowTerms::normalizer(Place::first_query()));
+    const auto multiply_dp = [&] {
       if constexpr (F::kModified) {
         clear(dp);
-        Math::product_abt(dp, own_values, value_tile, grad_at);
-        float delta[Place::kQueries];
-        UNROLL for (int j = 0; j < F::NJ; ++j) delta[2 * j] = minus_delta(j).x, delta[2 * j + 1] = minus_delta(j).y;
-        modified.template gradient<kIsPartial>(dp, s, delta);
-        modified.template through_softcap<kIsPartial>(dp);
       } else {
         UNROLL for (int j = 0; j < F::NJ; ++j) {
-          const float4 quad = minus_delta(j);
+          const float4 quad = *reinterpret_cast<const float4*>(deltas + RowTerms::normalizer(8 * j));
           UNROLL for (int mi = 0; mi < MI; ++mi)
             dp[mi][j][0] = quad.x, dp[mi][j][1] = quad.y, dp[mi][j][2] = quad.z, dp[mi][j][3] = quad.w;
         }
-        Math::product_abt(dp, own_values, value_tile, grad_at);
+      }
+      Math::product_abt(dp, own_values, value_tile, grad_at);
+    };
+    const auto clean = [&] {
+      if (finite) return;
+      __syncthreads();
+      query_guard.clean();
+      grad_guard.clean();
+      __syncthreads();
+    };
+    // Tiles that may have to be cleaned are multiplied before: what is not finite has made dS of the keys that are seen 0 or NaN,
+    // but is to be felt by dV.
+    if constexpr (F::kOfKey && kIsPartial) multiply_dp();
+    if constexpr (F::kOfValue) {
+      Accumulators<MI, F::NJ> left;
+      for_pairs<Place>([&](int q, int k) { Place::at(left, q, k) = Place::at(s, q, k); });
+      if constexpr (F::kModified) modified.drop(left);
+      if (!finite) {
+        grad_guard.see(left, 0.f);
+        grad_guard.add(dv);
+      }
+      clean();
+      Math::product_pb(dv, left, value_tile, grad_at);
+    } else {
+      clean();
+    }
+    if constexpr (F::kOfKey) {
+      if constexpr (!kIsPartial) multiply_dp();
+      if constexpr (F::kModified) {
+        modified.through_softcap(s);
+        modified.template gradient<kIsPartial>(dp, s, [&](int q) { return deltas[RowTerms::normalizer(q / 2 * 8) + q % 2]; });
+      } else {
         score_gradient<kIsPartial>(dp, s);
       }
-      if (finite) Math::product_pb(dk, dp, key_tile, query_at);
-      else visible_product<Math, typename F::Query>(dk, dp, shared + query_at);
+      Math::product_pb(dk, dp, key_tile, query_at);
     }
     if constexpr (F::kStages == 1) {
       __syncthreads();  // these queries are read
-      if (next.exists()) fetch(next, other);
-      cp_async_commit();
+      fetch(next, other);
     }
     stage = other;
     precise = next_precise;
   };
   while (now.exists()) {
-    const QueryTile next = visitor.next();
-    if (now.partial) visit(next, std::true_type());
+    const MetTile next = visitor.next();
+    if (now.partial()) visit(next, std::true_type());
     else visit(next, std::false_type());
     now = next;
   }

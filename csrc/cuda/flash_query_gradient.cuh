@@ -5,8 +5,8 @@
 // order.
 //   S = Q K^T,  P = 2^(S - normalizer),  dP = dO V^T,  dS = P (dP - D),  dQ += dS K
 #pragma once
-#include "cuda/key_visitor.cuh"
 #include "cuda/math.cuh"
+#include "cuda/meetings.cuh"
 #include "cuda/score_gradient.cuh"
 #include "cuda/value_guard.cuh"
 
@@ -58,16 +58,20 @@ __global__ void __launch_bounds__(F::kThreads, 1) flash_query_gradient(const __g
     key_copy.clear_columns(at + F::kKeyTile);
     value_copy.clear_columns(at + F::kValueTile);
   }
-  // Tiles are visited from the last to the first: only the first that is visited may be cut by the end of the keys.
-  const auto fetch = [&](int n, int stage) {
+  const auto fetch = [&](const MetTile& from, int stage) {
     const uint32_t to = shared0 + F::kFirstStage + stage * F::kStageBytes;
-    key_copy.whole(to + F::kKeyTile, keys, n, n >= 0);
-    value_copy.whole(to + F::kValueTile, values, n, n >= 0);
+    if ((from.tile() + 1) * N <= shape.kv_len) {
+      key_copy.whole(to + F::kKeyTile, keys, from.tile(), from.exists());
+      value_copy.whole(to + F::kValueTile, values, from.tile(), from.exists());
+    } else {
+      key_copy.clipped(to + F::kKeyTile, keys, from.tile());
+      value_copy.clipped(to + F::kValueTile, values, from.tile());
+    }
     cp_async_commit();
   };
 
-  KeyVisitor<M, N> visitor(p, batch, head, query0);
-  TileRun run = visitor.next();
+  TileVisitor visitor(a.of_queries, batch, head, 1, tile);
+  MetTile now = visitor.next();
   const TileCopy<typename F::Query, kThreads> query_copy(shape.head_dim);
   const TileCopy<typename F::GradOut, kThreads> grad_copy(query_copy, shape.value_dim);
   query_copy.clear_columns(shared + F::kQueryTile);
@@ -75,90 +79,85 @@ __global__ void __launch_bounds__(F::kThreads, 1) flash_query_gradient(const __g
   query_copy.clipped(shared0 + F::kQueryTile, query_copy.rows(head_of<T>(p.query, batch, head), p.query.stride_row, shape.query_len), tile);
   grad_copy.clipped(shared0 + F::kGradOutTile, grad_copy.rows(head_of<T>(p.grad_out, batch, head), p.grad_out.stride_row, shape.query_len),
                     tile);
-  if (!run.empty()) {
-    key_copy.clipped(shared0 + F::kFirstStage + F::kKeyTile, keys, run.last);
-    value_copy.clipped(shared0 + F::kFirstStage + F::kValueTile, values, run.last);
-  }
-  cp_async_commit();
+  fetch(now, 0);
 
   float normalizer[Place::kQueries], minus_delta[Place::kQueries];
-  bool precise = F::kAlwaysPrecise;
-  {
-    const int64_t first = (static_cast<int64_t>(batch) * heads + head) * a.rows.padded + query0;
-    UNROLL for (int q = 0; q < Place::kQueries; ++q) {
-      const int64_t row = first + row0 + Place::first_query() + Place::query_offset(q);
-      normalizer[q] = a.rows.normalizer[row];
-      minus_delta[q] = a.rows.minus_delta[row / 2 * 4 + row % 2];
-    }
-    if constexpr (!F::kAlwaysPrecise) precise = a.rows.precise[first / kRowBlock] != 0;
+  const int64_t first_row = (static_cast<int64_t>(batch) * heads + head) * a.rows.padded + query0;
+  UNROLL for (int q = 0; q < Place::kQueries; ++q) {
+    const int64_t row = first_row + row0 + Place::first_query() + Place::query_offset(q);
+    normalizer[q] = a.rows.terms[RowTerms::normalizer(row)];
+    minus_delta[q] = a.rows.terms[RowTerms::minus_delta(row)];
   }
-  const typename Math::template Tiles<kKeyColumns> key_tile(shared);
-  const typename Math::template Tiles<kValueColumns> value_tile(key_tile, shared);
-  const typename Math::template Rows<kKeyColumns, MI> own_queries(key_tile, F::kQueryTile, row0);
-  const typename Math::template Rows<kValueColumns, MI> own_grads(value_tile, F::kGradOutTile, row0);
+  const bool precise = F::kAlwaysPrecise || a.rows.precise[first_row / kRowBlock] != 0;
+  const typename Math::template Tiles<kKeyColumns> key_tile(shared, row0);
+  const typename Math::template Tiles<kValueColumns> value_tile(key_tile, shared, row0);
+  const typename Math::template Rows<kKeyColumns, MI> own_queries(key_tile, F::kQueryTile);
+  const typename Math::template Rows<kValueColumns, MI> own_grads(value_tile, F::kGradOutTile);
   const ScoreTerms<Place> terms(p, batch, head, query0 + row0);
   const float factor = static_cast<float>(p.score.scale * kLog2E);
   Accumulators<MI, kKeyColumns / 8> dq;
   clear(dq);
   int stage = 0;
 
-  const auto visit = [&](int n, int after, auto partial) {
+  const auto visit = [&](const MetTile& next, auto partial) {
     constexpr bool kIsPartial = decltype(partial)::value;
     cp_async_wait<0>();
     __syncthreads();  // these keys and values are there; those of the other stage are read
     const int other = F::kStages == 1 ? 0 : 1 - stage;
-    if constexpr (F::kStages == 2) fetch(after, other);
+    if constexpr (F::kStages == 2) fetch(next, other);
+    const int key0 = now.tile() * N;
     const uint32_t key_at = F::kFirstStage + stage * F::kStageBytes + F::kKeyTile, value_at = key_at + F::kValueTile;
+    const ValueGuard<typename F::Key, Math, decltype(key_copy), MI> guard(key_copy, shared + key_at);
     bool finite = true;
+    uint32_t seen[Place::kQueries];
     if constexpr (kIsPartial) {
-      const ValueGuard<typename F::Key, Math, decltype(key_copy), MI> guard(key_copy, shared + key_at);
+      find_visible<Place>(seen, p, batch, head, query0 + row0, key0);
       finite = !__syncthreads_or(!guard.finite());
+    }
+
+    ModifiedScores<Place> modified(p.dropout);
+    if constexpr (F::kModified) {
+      modified.set_kept([&](int q) { return kept_keys<N>(p, batch, head, terms.query(q), key0); });
     }
 
     Accumulators<MI, F::NJ> s, dp;
     clear(s);
     Math::product_abt(s, own_queries, key_tile, key_at);
-    ModifiedScores<Place> modified(p.dropout);
     if constexpr (F::kModified) {
-      modified.template apply<kIsPartial>(s, terms, n * N);
-      modified.set_kept([&](int q) {
-        const int query = query0 + row0 + Place::first_query() + Place::query_offset(q);
-        return kept_keys<N>(p, batch, head, min(query, static_cast<int>(shape.query_len) - 1), n * N);
-      });
+      modified.template apply<kIsPartial>(s, terms, key0);
     } else if (precise) {
       for_pairs<Place>([&](int q, int k) { Place::at(s, q, k) *= factor; });
     }
-    if constexpr (kIsPartial) hide(s, p, batch, head, query0 + row0, n * N);
+    if constexpr (kIsPartial) hide<Place>(s, [&](int q) { return seen[q]; });
     if (precise) precise_weights<Place>(s, RowNormalizers(p, batch, head), query0 + row0);
     else weights<Place>(s, factor, normalizer);
-
     if constexpr (F::kModified) {
+      modified.through_softcap(s);
       clear(dp);
       Math::product_abt(dp, own_grads, value_tile, value_at);
-      modified.template gradient<kIsPartial>(dp, s, minus_delta);
-      modified.template through_softcap<kIsPartial>(dp);
+      modified.template gradient<kIsPartial>(dp, s, [&](int q) { return minus_delta[q]; });
     } else {
       for_pairs<Place>([&](int q, int k) { Place::at(dp, q, k) = minus_delta[q]; });
       Math::product_abt(dp, own_grads, value_tile, value_at);
       score_gradient<kIsPartial>(dp, s);
     }
-    if (finite) Math::product_pb(dq, dp, key_tile, key_at);
-    else visible_product<Math, typename F::Key>(dq, dp, shared + key_at);
+    if (!finite) {  // what is not finite has made dS of the queries that see it 0 or NaN
+      __syncthreads();
+      guard.clean();
+      __syncthreads();
+    }
+    Math::product_pb(dq, dp, key_tile, key_at);
     if constexpr (F::kStages == 1) {
       __syncthreads();  // these keys and values are read
-      fetch(after, other);
+      fetch(next, other);
     }
     stage = other;
   };
-  while (!run.empty()) {
-    const TileRun next = visitor.next(run);
-    const int after = next.last;
-    if (run.partial) {
-      for (int n = run.last; n >= run.first; --n) visit(n, n > run.first ? n - 1 : after, std::true_type());
-    } else {
-      for (int n = run.last; n >= run.first; --n) visit(n, n > run.first ? n - 1 : after, std::false_type());
-    }
-    run = next;
+  while (now.exists()) {
+    const MetTile next = visitor.next();
+    if (now.partial()) visit(next, std::true_type());
+    else visit(next, std::false_type());
+    now = next;
   }
   cp_async_wait<0>();
 

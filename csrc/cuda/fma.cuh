@@ -13,10 +13,11 @@ struct FmaMath {
   struct Tiles {
     using Row = Tile<float, 16, Columns>;
     const unsigned char* shared;
+    int own_row;  // the thread's first
 
-    DEVICE explicit Tiles(const unsigned char* shared) : shared(shared) {}
+    DEVICE Tiles(const unsigned char* shared, int row0) : shared(shared), own_row(row0 + lane_index() / 4) {}
     template <class Other>
-    DEVICE Tiles(const Other&, const unsigned char* shared) : shared(shared) {}
+    DEVICE Tiles(const Other&, const unsigned char* shared, int row0) : Tiles(shared, row0) {}
     DEVICE float4 load(uint32_t tile, int row, int chunk) const {
       return *reinterpret_cast<const float4*>(shared + tile + Row::at(row, chunk));
     }
@@ -26,9 +27,8 @@ struct FmaMath {
     static_assert(MI == 1);
     const Tiles<Columns>& tiles;
     uint32_t tile;
-    int row;  // the thread's first
 
-    DEVICE Rows(const Tiles<Columns>& tiles, uint32_t tile, int row0) : tiles(tiles), tile(tile), row(row0 + lane_index() / 4) {}
+    DEVICE Rows(const Tiles<Columns>& tiles, uint32_t tile) : tiles(tiles), tile(tile) {}
     DEVICE void fetch() {}
   };
 
@@ -37,7 +37,7 @@ struct FmaMath {
                                  uint32_t b_tile) {
 #pragma unroll 1
     for (int chunk = 0; chunk < Columns / 4; ++chunk) {
-      const float4 a[2] = {tiles.load(rows.tile, rows.row, chunk), tiles.load(rows.tile, rows.row + 8, chunk)};
+      const float4 a[2] = {tiles.load(rows.tile, tiles.own_row, chunk), tiles.load(rows.tile, tiles.own_row + 8, chunk)};
       UNROLL for (int j = 0; j < NJ; ++j)
         UNROLL for (int e = 0; e < 2; ++e) {
           const float4 b = tiles.load(b_tile, 8 * j + lane_index() % 4 * 2 + e, chunk);

@@ -103,20 +103,22 @@ DEVICE void product_pb(Accumulators<MI, Columns / 8>& acc, const Accumulators<MI
 // What kernels ask of products; FmaMath (fma.cuh) answers to the same names.
 template <class T>
 struct MmaMath {
-  // Tiles of so many columns in shared memory.
+  // Tiles of so many columns in shared memory, of which a warp has rows of its own, from row0 on.
   template <int Columns>
   struct Tiles : BlockAddress<Columns> {
-    DEVICE explicit Tiles(unsigned char* shared) : BlockAddress<Columns>(shared_address(shared)) {}
-    // Beside others: the two share what they have in common.
-    template <int OtherColumns>
-    DEVICE Tiles(const BlockAddress<OtherColumns>& other, unsigned char* shared)
-        : BlockAddress<Columns>(other, shared_address(shared)) {}
+    uint32_t own_rows;  // where they start in a tile
+
+    DEVICE Tiles(unsigned char* shared, int row0)
+        : BlockAddress<Columns>(shared_address(shared)), own_rows(pin(row0 * Columns * static_cast<int>(sizeof(T)))) {}
+    // Of the same columns as others, or of other columns.
+    DEVICE Tiles(const Tiles& other, unsigned char*, int) : Tiles(other) {}
+    template <class Other>
+    DEVICE Tiles(const Other&, unsigned char* shared, int row0) : Tiles(shared, row0) {}
   };
-  // A warp's rows of a tile, from row0 on, as the left operand.
+  // A warp's rows of a tile as the left operand.
   template <int Columns, int MI, bool InRegisters = false>
   struct Rows : RowsOperand<Columns, MI, InRegisters> {
-    DEVICE Rows(const Tiles<Columns>& tiles, uint32_t tile, int row0)
-        : RowsOperand<Columns, MI, InRegisters>(tiles, tile + pin(row0 * Columns * static_cast<int>(sizeof(T)))) {}
+    DEVICE Rows(const Tiles<Columns>& tiles, uint32_t tile) : RowsOperand<Columns, MI, InRegisters>(tiles, tile + tiles.own_rows) {}
   };
 
   template <int Columns, int MI, int NJ, bool InRegisters>

@@ -54,71 +54,50 @@ DEVICE void score_gradient(Accumulators<MI, NJ>& dp, const Accumulators<MI, NJ>&
   });
 }
 
-// Scores that are modified, and dropout: what dP and dS need of them.
+// Scores that are modified, and dropout: what P, dP and dS need of them.
 template <class Place>
 class ModifiedScores {
   using Scores = Accumulators<Place::MI, Place::NJ>;
+  static_assert(Place::kQueries * Place::kKeys <= 32);
   const DropoutParams& dropout_;
-  Scores slope_;                    // of the softcap
-  uint32_t kept_[Place::kQueries];  // by dropout: a bit for each key
+  uint32_t kept_ = 0;  // by dropout: bit q * kKeys + k
+  Scores slope_;       // of the softcap
+
+  DEVICE bool keeps(int q, int k) const { return kept_ >> (q * Place::kKeys + k) & 1; }
 
  public:
   DEVICE explicit ModifiedScores(const DropoutParams& dropout) : dropout_(dropout) {}
 
-  template <bool kPartial>
-  DEVICE void apply(Scores& s, const ScoreTerms<Place>& terms, int key0) { terms.template apply<kPartial>(s, key0, slope_); }
   // kept(q) has a bit for each of the thread's keys.
   template <class Kept>
   DEVICE void set_kept(const Kept& kept) {
-    if (dropout_.enabled()) UNROLL for (int q = 0; q < Place::kQueries; ++q) kept_[q] = kept(q);
+    if (dropout_.enabled()) UNROLL for (int q = 0; q < Place::kQueries; ++q) kept_ |= kept(q) << (q * Place::kKeys);
   }
+  // Products become scores in units of log2.
+  template <bool kPartial>
+  DEVICE void apply(Scores& s, const ScoreTerms<Place>& terms, int key0) { terms.template apply<kPartial>(s, key0, slope_); }
   // The weights that values are summed with, but for a common factor.
   DEVICE void drop(Scores& weights) const {
     if (!dropout_.enabled()) return;
     for_pairs<Place>([&](int q, int k) {
-      if (!(kept_[q] >> k & 1)) Place::at(weights, q, k) = 0.f;
+      if (!keeps(q, k)) Place::at(weights, q, k) = 0.f;
     });
   }
-  // dP, of the weights that are left, becomes the gradient of the score: dS.
-  template <bool kPartial>
-  DEVICE void gradient(Scores& dp, const Scores& weights, const float (&minus_delta)[Place::kQueries]) const {
+  // P, times the slope: what makes of dP the gradient of the scaled product instead of that of the score.
+  DEVICE void through_softcap(Scores& weights) const {
+    for_pairs<Place>([&](int q, int k) { Place::at(weights, q, k) *= Place::at(slope_, q, k); });
+  }
+  // dP, of the weights that are left, becomes dS.
+  template <bool kPartial, class MinusDelta>
+  DEVICE void gradient(Scores& dp, const Scores& weights, const MinusDelta& minus_delta) const {
     const float factor = static_cast<float>(dropout_.inverse_keep);
     for_pairs<Place>([&](int q, int k) {
       float& ds = Place::at(dp, q, k);
-      if (dropout_.enabled()) ds = kept_[q] >> k & 1 ? ds * factor : 0.f;
-      ds += minus_delta[q];
+      if (dropout_.enabled()) ds = keeps(q, k) ? ds * factor : 0.f;
+      ds += minus_delta(q);
     });
     score_gradient<kPartial>(dp, weights);
   }
-  // dS becomes the gradient of the scaled product.
-  template <bool kPartial>
-  DEVICE void through_softcap(Scores& ds) const {
-    for_pairs<Place>([&](int q, int k) { Place::at(ds, q, k) *= Place::at(slope_, q, k); });
-  }
 };
-
-// acc += P * B without the rows of B whose weight is 0: they are hidden, and may hold what is not finite.
-template <class Math, class Tile, int MI, int NJ, int DJ>
-DEVICE void visible_product(Accumulators<MI, DJ>& acc, const Accumulators<MI, NJ>& p, const unsigned char* b_tile) {
-  UNROLL for (int j = 0; j < NJ; ++j)
-    UNROLL for (int e = 0; e < 2; ++e)
-#pragma unroll 1
-      for (int t = 0; t < 4; ++t) {
-        const int owner = (lane_index() & ~3) | t, row = 8 * j + 2 * t + e;
-        float weight[MI][2];
-        UNROLL for (int mi = 0; mi < MI; ++mi)
-          UNROLL for (int h = 0; h < 2; ++h) weight[mi][h] = __shfl_sync(kAllLanes, p[mi][j][2 * h + e], owner);
-        UNROLL for (int c = 0; c < DJ; ++c)
-          UNROLL for (int f = 0; f < 2; ++f) {
-            using T = typename Tile::Element;
-            const float b = to_float(*reinterpret_cast<const T*>(b_tile + Tile::element(row, Math::column(c, f))));
-            UNROLL for (int mi = 0; mi < MI; ++mi)
-              UNROLL for (int h = 0; h < 2; ++h) {
-                float& sum = acc[mi][c][2 * h + f];
-                sum = weight[mi][h] == 0.f ? sum : fused(weight[mi][h], b, sum);
-              }
-          }
-      }
-}
 
 }  // namespace attn_ext::cuda

@@ -46,11 +46,10 @@ class ScoreTerms {
   int batch_, head_;
   int query0_;
 
-  // Rows past the end count as the last one: they are dropped.
-  DEVICE int64_t query(int q) const {
-    return min_i64(query0_ + Place::first_query() + Place::query_offset(q), p_.shape.query_len - 1);
+  // Loads for one query after the other do not wait for another, but for all of many they would want as many registers.
+  DEVICE static void take_turns(int q) {
+    if (q > 0 && q % 4 == 0) __syncwarp();
   }
-
   template <class T>
   DEVICE void add_bias(Scores& s, int key0) const {
     const ConstTensorView& bias = p_.score.bias;
@@ -58,6 +57,7 @@ class ScoreTerms {
     const T* const first = static_cast<const T*>(bias.data) + batch_ * bias.stride_batch + head_ * bias.stride_head +
                            key * bias.stride_column;
     UNROLL for (int q = 0; q < Place::kQueries; ++q) {
+      take_turns(q);
       const T* const row = first + query(q) * bias.stride_row;
       UNROLL for (int k = 0; k < Place::kKeys; ++k) {
         if (Place::key_offset(k) >= existing) continue;
@@ -72,6 +72,7 @@ class ScoreTerms {
     const double* const slopes = score.alibi_slopes + batch_ * score.alibi_stride_batch + head_ * score.alibi_stride_head;
     const int key = key0 + Place::first_key();
     UNROLL for (int q = 0; q < Place::kQueries; ++q) {
+      take_turns(q);
       const int64_t i = query(q);
       const int64_t position = score.alibi_positions ? score.alibi_positions[i] : i + p_.shape.kv_len - p_.shape.query_len;
       const float slope = static_cast<float>(slopes[i * score.alibi_stride_row]) * static_cast<float>(kLog2E);
@@ -99,6 +100,11 @@ class ScoreTerms {
  public:
   DEVICE ScoreTerms(const AttentionParams& p, int batch, int head, int query0)
       : p_(p), batch_(batch), head_(head), query0_(query0) {}
+
+  // Rows past the end count as the last one: they are dropped.
+  DEVICE int query(int q) const {
+    return min(query0_ + Place::first_query() + Place::query_offset(q), static_cast<int>(p_.shape.query_len) - 1);
+  }
 
   // Products become scores in units of log2.  Where there is a bias, every tile is partial.
   template <bool kPartial>
@@ -135,7 +141,7 @@ class ScoreTerms {
   // Weights that are dropped become 0; of tiles whose rows are queries.
   DEVICE void drop(Scores& weights, int key0) const {
     UNROLL for (int q = 0; q < Place::kQueries; ++q) {
-      const uint32_t kept = kept_keys<4 * Place::kKeys>(p_, batch_, head_, static_cast<int>(query(q)), key0);
+      const uint32_t kept = kept_keys<4 * Place::kKeys>(p_, batch_, head_, query(q), key0);
       UNROLL for (int k = 0; k < Place::kKeys; ++k)
         if (!(kept >> k & 1)) Place::at(weights, q, k) = 0.f;
     }

@@ -1,4 +1,5 @@
-// Keeps NaN and infinity in a value from queries that do not see it, where 0 * NaN would be NaN.
+// Keeps NaN and infinity in a row of a tile from sums in which the row has weight 0, where 0 * NaN would be NaN: in a value, say,
+// from queries that do not see it.
 #pragma once
 #include "cuda/accumulators.cuh"
 
@@ -39,13 +40,13 @@ class ValueGuard {
     return !found;
   }
 
-  // Hidden keys have the score -inf.
+  // Hidden keys have the score -inf, or the weight 0.
   template <int NJ>
-  DEVICE void see(const Accumulators<MI, NJ>& scores) {
+  DEVICE void see(const Accumulators<MI, NJ>& x, float hidden = -INFINITY) {
     static_assert(NJ <= 16);
     UNROLL for (int mi = 0; mi < MI; ++mi) seen_[mi][0] = seen_[mi][1] = 0;
     for_elements<MI, NJ>([&](int mi, int h, int j, int e) {
-      if (scores[mi][j][2 * h + e] != -INFINITY) seen_[mi][h] |= 1u << (2 * j + e);
+      if (x[mi][j][2 * h + e] != hidden) seen_[mi][h] |= 1u << (2 * j + e);
     });
   }
   // Adds what is not finite to the rows that see it.

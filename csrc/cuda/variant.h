@@ -27,6 +27,7 @@ struct BackwardVariant {
 // Tells tiles of queries and keys which of them meet.
 struct MeetingsVariant {
   int queries, keys;
+  bool of_keys;  // or of queries
   void (*launch)(const BackwardArguments&, const Stream&);
 };
 
@@ -37,7 +38,7 @@ std::span<const BackwardVariant* const> query_gradient_variants();
 std::span<const BackwardVariant* const> bias_gradient_variants();
 
 // The small kernels around them (backward_steps.cu).
-const MeetingsVariant* meetings_variant(int queries, int keys);  // null: there is none for such tiles
+const MeetingsVariant* meetings_variant(const BackwardVariant& of, bool of_keys);  // null: there is none for its tiles
 void prepare_rows(const BackwardArguments& arguments, const Stream& stream);
 void add_sink_gradients(const BackwardArguments& arguments, const Stream& stream);
 void add_bias_splits(const BackwardArguments& arguments, const Stream& stream);

@@ -120,16 +120,15 @@ DEVICE void hide(Accumulators<Place::MI, Place::NJ>& s, const Seen& seen) {
       if (!(bits >> k & 1)) Place::at(s, q, k) = -INFINITY;
   }
 }
-// What the mask hides from the 16 * MI rows of a warp from query0 on.
-template <int MI, int NJ>
-DEVICE void hide(Accumulators<MI, NJ>& s, const AttentionParams& p, int batch, int head, int query0, int key0) {
-  using Place = QueryRows<MI, NJ>;
-  const VisibleKeys<NJ * 8> visible(p, batch, head, key0);
-  hide<Place>(s, [&](int q) {
+// Which keys from key0 on the mask leaves to the queries that a thread has of a warp's rows, from query0 on.
+template <class Place>
+DEVICE void find_visible(uint32_t (&seen)[Place::kQueries], const AttentionParams& p, int batch, int head, int query0, int key0) {
+  const VisibleKeys<4 * Place::kKeys> visible(p, batch, head, key0);
+  UNROLL for (int q = 0; q < Place::kQueries; ++q) {
     // Rows past the end count as the last one: whatever they see is dropped.
     const int query = query0 + Place::first_query() + Place::query_offset(q);
-    return visible.of(min(query, static_cast<int>(p.shape.query_len) - 1));
-  });
+    seen[q] = visible.of(min(query, static_cast<int>(p.shape.query_len) - 1));
+  }
 }
 
 }  // namespace attn_ext::cuda
