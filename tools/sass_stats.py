@@ -50,6 +50,7 @@ _CLASSES = {
     "branch": r"BRA|BSYNC|BSSY|CALL|RET|EXIT|BREAK|WARPSYNC|NANOSLEEP",
 }
 _COMPILED = {name: re.compile(pattern) for name, pattern in _CLASSES.items()}
+_BYTES = 16  # of an instruction
 _LINE = re.compile(r"\s*/\*([0-9a-f]{4,6})\*/\s+(?:(@!?U?P\w+)\s+)?(\S+)\s*(.*?)\s*;")
 
 
@@ -96,6 +97,29 @@ class Loop:
 
     def within(self, other: Loop) -> bool:
         return self is not other and set(self.instructions) < set(other.instructions)
+
+    def turns(self) -> dict[int, int]:
+        """The fewest instructions of a way around the loop, by the number of cp.async on it.
+
+        A way that copies a whole tile and takes no rare branch is what a usual turn executes.
+        """
+        blocks = _basic_blocks(list(self.instructions))
+        starts = {block[0].address: number for number, block in enumerate(blocks)}
+        head = starts[self.head]
+        successors = [
+            [following for following in _following(block, starts) if following != head] for block in blocks
+        ]
+        closes = [head in _following(block, starts) for block in blocks]
+        ways: dict[int, dict[int, int]] = {}
+        for number in reversed(_reverse_postorder(successors, head)):  # successors first
+            kinds = count(blocks[number])
+            copies, cost = kinds["LDGSTS"], kinds.total() - kinds["padding"]
+            best: dict[int, int] = {copies: cost} if closes[number] else {}
+            for following in successors[number]:
+                for more, further in ways.get(following, {}).items():
+                    best[copies + more] = min(best.get(copies + more, cost + further), cost + further)
+            ways[number] = best
+        return dict(sorted(ways[head].items()))
 
 
 @dataclass
@@ -186,20 +210,22 @@ def _basic_blocks(instructions: list[SassInstruction]) -> list[list[SassInstruct
     return [block for block in blocks if block]
 
 
+def _following(block: list[SassInstruction], starts: dict[int, int]) -> list[int]:
+    """The blocks that may come after a block; starts: of all blocks, by address."""
+    last = block[-1]
+    following = [starts[last.target]] if last.target in starts else []
+    if last.falls_through and last.address + _BYTES in starts:
+        following.append(starts[last.address + _BYTES])
+    return following
+
+
 def _successors(blocks: list[list[SassInstruction]]) -> list[list[int]]:
     starts = {block[0].address: number for number, block in enumerate(blocks)}
-    successors = []
-    for number, block in enumerate(blocks):
-        last = block[-1]
-        following = [starts[last.target]] if last.target in starts else []
-        if last.falls_through and number + 1 < len(blocks):
-            following.append(number + 1)
-        successors.append(following)
-    return successors
+    return [_following(block, starts) for block in blocks]
 
 
-def _reverse_postorder(successors: list[list[int]]) -> list[int]:
-    order, seen, stack = [], {0}, [(0, iter(successors[0]))]
+def _reverse_postorder(successors: list[list[int]], first: int = 0) -> list[int]:
+    order, seen, stack = [], {first}, [(first, iter(successors[first]))]
     while stack:
         block, remaining = stack[-1]
         following = next((successor for successor in remaining if successor not in seen), None)

@@ -113,7 +113,12 @@ class Memory {
 BackwardArguments arguments_in(Memory& memory, const BackwardParams& p, const Plan& plan) {
   const AttentionShape& shape = p.shape;
   const MaskParams& mask = p.mask;
-  BackwardArguments a{.params = p, .rows = {}, .of_keys = {}, .of_queries = {}, .bias = {}};
+  BackwardArguments a{.params = p,
+                      .rows = {},
+                      .factors = ScoreFactors::of(p.score),
+                      .scale = static_cast<float>(p.score.scale),
+                      .inverse_keep = static_cast<float>(p.dropout.inverse_keep),
+                      .of_keys = {}, .of_queries = {}, .bias = {}};
   const int64_t heads = shape.batch * shape.heads;
   a.rows.padded = tiles(shape.query_len, kRowBlock) * kRowBlock;
   a.rows.terms = memory.take<float>(heads * a.rows.padded * RowTerms::kFloats);

@@ -2,6 +2,7 @@
 #pragma once
 #include "core/host_device.h"
 #include "core/params.h"
+#include "cuda/score_factors.h"
 
 namespace attn_ext::cuda {
 
@@ -69,6 +70,8 @@ enum class KeyOutputs { both, key, value };
 struct BackwardArguments {
   BackwardParams params;
   RowTerms rows;
+  ScoreFactors factors;
+  float scale, inverse_keep;  // what gradients of products, and of weights that dropout keeps, are multiplied by
   Meetings of_keys, of_queries;  // for the kernels of these gradients, whose tiles they are
   BiasSums bias;
 };

@@ -84,8 +84,8 @@ __global__ void __launch_bounds__(F::kThreads, 1) flash_bias_gradient(const __gr
     key_copy.clipped(shared0 + F::kKeyTile, key_copy.rows(head_of<T>(p.key, batch, kv_head), p.key.stride_row, shape.kv_len), n);
     value_copy.clipped(shared0 + F::kValueTile, value_copy.rows(head_of<T>(p.value, batch, kv_head), p.value.stride_row, shape.kv_len), n);
     cp_async_commit();
-    const ScoreTerms<Place> terms(p, batch, head, query0 + row0);
-    ModifiedScores<Place> modified(p.dropout);
+    const ScoreTerms<Place> terms(p, a.factors, batch, head, query0 + row0);
+    ModifiedScores<Place, T> modified(a);
     modified.set_kept([&](int q) { return kept_keys<N>(p, batch, head, terms.query(q), key0); });
     float minus_delta[Place::kQueries];
     UNROLL for (int q = 0; q < Place::kQueries; ++q) {

@@ -32,6 +32,7 @@ struct ForwardTraits {
 template <class F>
 __global__ void __launch_bounds__(F::kThreads, 1) flash_forward(const __grid_constant__ ForwardParams p) {
   using T = typename F::T;
+  using Place = QueryRows<F::MI, F::NJ>;
   constexpr int M = F::M, N = F::N, MI = F::MI, kThreads = F::kThreads;
   DYN_SMEM(shared);
   const uint32_t shared0 = shared_address(shared);
@@ -68,7 +69,8 @@ __global__ void __launch_bounds__(F::kThreads, 1) flash_forward(const __grid_con
 
   TileSoftmax<T, MI> softmax(F::kModified ? 1.f : static_cast<float>(p.score.scale * kLog2E));
   if (p.score.sinks) softmax.sink(bias_in_log2<float>(p.score.sinks[head]));
-  const ScoreTerms<QueryRows<MI, F::NJ>> terms(p, batch, head, query0 + row0);
+  const ScoreFactors factors = ScoreFactors::of(p.score);
+  const ScoreTerms<Place> terms(p, factors, batch, head, query0 + row0);
   Accumulators<MI, F::DJ> o;
   clear(o);
 
@@ -94,9 +96,9 @@ __global__ void __launch_bounds__(F::kThreads, 1) flash_forward(const __grid_con
 
     if constexpr (F::kModified) terms.template apply<kPartial>(s, n * N);
     if constexpr (kPartial) {
-      uint32_t seen[2 * MI];
-      find_visible<QueryRows<MI, F::NJ>>(seen, p, batch, head, query0 + row0, n * N);
-      hide<QueryRows<MI, F::NJ>>(s, [&](int q) { return seen[q]; });
+      uint32_t seen[Place::kQueries];
+      find_visible<Place>(seen, p, batch, head, query0 + row0, n * N);
+      hide<Place>(s, [&](int q) { return seen[q]; });
     }
     if (!finite) guard.see(s);
     softmax.step(s, o);

@@ -28,7 +28,10 @@ struct QueryGradientTraits {
   static constexpr uint32_t kQueryTile = 0, kGradOutTile = Query::kBytes, kFirstStage = kGradOutTile + GradOut::kBytes;
   // From the start of a stage.
   static constexpr uint32_t kKeyTile = 0, kValueTile = Key::kBytes, kStageBytes = Key::kBytes + Value::kBytes;
-  static constexpr uint32_t kSharedBytes = kFirstStage + Stages * kStageBytes;
+  // What is known of rows i and i + 8: -D_i of both, twice, as accumulators have them; and their normalizers.
+  static constexpr uint32_t kDeltas = kFirstStage + Stages * kStageBytes, kNormalizers = kDeltas + M * 8;
+  static constexpr uint32_t kWalk = kNormalizers + M * 4;
+  static constexpr uint32_t kSharedBytes = kWalk + sizeof(TileWalk);
 };
 
 template <class F>
@@ -44,80 +47,97 @@ __global__ void __launch_bounds__(F::kThreads, 1) flash_query_gradient(const __g
   const AttentionShape& shape = p.shape;
 
   // Under a causal mask the last queries have the most to do: they start first.
-  const int query_tiles = static_cast<int>((shape.query_len + M - 1) / M), heads = static_cast<int>(shape.heads);
-  const int tile = query_tiles - 1 - blockIdx.x % query_tiles, head = blockIdx.x / query_tiles % heads;
-  const int batch = blockIdx.x / query_tiles / heads, kv_head = head / (heads / static_cast<int>(shape.kv_heads));
-  const int row0 = threadIdx.x / 32 * 16 * MI, query0 = tile * M;
+  const int heads = static_cast<int>(shape.heads);
+  OwnTile own = OwnTile::of_block(shape.query_len, M, heads);
+  own.tile = (static_cast<int>(shape.query_len) - 1) / M - own.tile;
+  const int kv_head = own.head / (heads / static_cast<int>(shape.kv_heads));
+  const int row0 = threadIdx.x / 32 * 16 * MI, query0 = own.tile * M;
 
   const TileCopy<typename F::Key, kThreads> key_copy(shape.head_dim);
   const TileCopy<typename F::Value, kThreads> value_copy(key_copy, shape.value_dim);
-  const Rows keys = key_copy.rows(head_of<T>(p.key, batch, kv_head), p.key.stride_row, shape.kv_len);
-  const Rows values = value_copy.rows(head_of<T>(p.value, batch, kv_head), p.value.stride_row, shape.kv_len);
+  const HeadRows<T, !F::kModified && kSparesRegisters> keys(key_copy, p.key, shape.kv_len, own.batch, kv_head);
+  const HeadRows<T, !F::kModified && kSparesRegisters> values(value_copy, p.value, shape.kv_len, own.batch, kv_head);
   UNROLL for (int stage = 0; stage < F::kStages; ++stage) {
     unsigned char* const at = shared + F::kFirstStage + stage * F::kStageBytes;
     key_copy.clear_columns(at + F::kKeyTile);
     value_copy.clear_columns(at + F::kValueTile);
   }
-  const auto fetch = [&](const MetTile& from, int stage) {
+  TileWalk& walk = *reinterpret_cast<TileWalk*>(shared + F::kWalk);
+  const auto copy = [&](const MetTile& from, uint32_t stage) {
+    const int batch = walk.own().batch, kv_head = walk.own().head / static_cast<int>(shape.heads / shape.kv_heads);
+    const Rows keys_from = keys.of(key_copy, batch, kv_head), values_from = values.of(value_copy, batch, kv_head);
     const uint32_t to = shared0 + F::kFirstStage + stage * F::kStageBytes;
-    if ((from.tile() + 1) * N <= shape.kv_len) {
-      key_copy.whole(to + F::kKeyTile, keys, from.tile(), from.exists());
-      value_copy.whole(to + F::kValueTile, values, from.tile(), from.exists());
+    if ((from.tile() + 1) * N <= static_cast<int>(shape.kv_len)) {
+      key_copy.whole(to + F::kKeyTile, keys_from, from.tile());
+      value_copy.whole(to + F::kValueTile, values_from, from.tile());
     } else {
-      key_copy.clipped(to + F::kKeyTile, keys, from.tile());
-      value_copy.clipped(to + F::kValueTile, values, from.tile());
+      key_copy.clipped(to + F::kKeyTile, keys_from, from.tile());
+      value_copy.clipped(to + F::kValueTile, values_from, from.tile());
     }
+  };
+  const auto fetch = [&](uint32_t turn, uint32_t stage) {
+    const MetTile& from = walk.at(turn);
+    if (from.exists()) copy(from, stage);
     cp_async_commit();
   };
 
-  TileVisitor visitor(a.of_queries, batch, head, 1, tile);
-  MetTile now = visitor.next();
+  walk.start(a.of_queries, a.rows.padded, own, heads, own.head, 1);
+  walk.template find<0>(0, a.of_queries, a.rows);
+  walk.template find<0>(1, a.of_queries, a.rows);
   const TileCopy<typename F::Query, kThreads> query_copy(shape.head_dim);
   const TileCopy<typename F::GradOut, kThreads> grad_copy(query_copy, shape.value_dim);
   query_copy.clear_columns(shared + F::kQueryTile);
   grad_copy.clear_columns(shared + F::kGradOutTile);
-  query_copy.clipped(shared0 + F::kQueryTile, query_copy.rows(head_of<T>(p.query, batch, head), p.query.stride_row, shape.query_len), tile);
-  grad_copy.clipped(shared0 + F::kGradOutTile, grad_copy.rows(head_of<T>(p.grad_out, batch, head), p.grad_out.stride_row, shape.query_len),
-                    tile);
-  fetch(now, 0);
+  query_copy.clipped(shared0 + F::kQueryTile, query_copy.rows(head_of<T>(p.query, own.batch, own.head), p.query.stride_row, shape.query_len), own.tile);
+  grad_copy.clipped(shared0 + F::kGradOutTile, grad_copy.rows(head_of<T>(p.grad_out, own.batch, own.head), p.grad_out.stride_row, shape.query_len),
+                    own.tile);
+  __syncthreads();  // the first tiles are known
+  fetch(0, 0);
 
-  float normalizer[Place::kQueries], minus_delta[Place::kQueries];
-  const int64_t first_row = (static_cast<int64_t>(batch) * heads + head) * a.rows.padded + query0;
-  UNROLL for (int q = 0; q < Place::kQueries; ++q) {
-    const int64_t row = first_row + row0 + Place::first_query() + Place::query_offset(q);
-    normalizer[q] = a.rows.terms[RowTerms::normalizer(row)];
-    minus_delta[q] = a.rows.terms[RowTerms::minus_delta(row)];
-  }
+  const int64_t first_row = (static_cast<int64_t>(own.batch) * heads + own.head) * a.rows.padded + query0;
   const bool precise = F::kAlwaysPrecise || a.rows.precise[first_row / kRowBlock] != 0;
+  const int own_pair = (row0 / 16) * 8 + Place::first_query();  // the first of this thread's pairs of rows
+  auto* const deltas = reinterpret_cast<float4*>(shared + F::kDeltas);
+  auto* const normalizers = reinterpret_cast<float2*>(shared + F::kNormalizers);
+  if (lane_index() % 4 == 0) {
+    UNROLL for (int mi = 0; mi < MI; ++mi) {
+      const int64_t row = first_row + row0 + mi * 16 + Place::first_query();
+      const float upper = a.rows.terms[RowTerms::minus_delta(row)], lower = a.rows.terms[RowTerms::minus_delta(row + 8)];
+      deltas[own_pair + mi * 8] = make_float4(upper, upper, lower, lower);
+      normalizers[own_pair + mi * 8] = make_float2(a.rows.terms[RowTerms::normalizer(row)], a.rows.terms[RowTerms::normalizer(row + 8)]);
+    }
+  }
+  __syncwarp();
   const typename Math::template Tiles<kKeyColumns> key_tile(shared, row0);
   const typename Math::template Tiles<kValueColumns> value_tile(key_tile, shared, row0);
   const typename Math::template Rows<kKeyColumns, MI> own_queries(key_tile, F::kQueryTile);
   const typename Math::template Rows<kValueColumns, MI> own_grads(value_tile, F::kGradOutTile);
-  const ScoreTerms<Place> terms(p, batch, head, query0 + row0);
-  const float factor = static_cast<float>(p.score.scale * kLog2E);
   Accumulators<MI, kKeyColumns / 8> dq;
   clear(dq);
-  int stage = 0;
+  uint32_t turn = 0;
 
-  const auto visit = [&](const MetTile& next, auto partial) {
+  const auto visit = [&](auto partial) {
     constexpr bool kIsPartial = decltype(partial)::value;
     cp_async_wait<0>();
     __syncthreads();  // these keys and values are there; those of the other stage are read
-    const int other = F::kStages == 1 ? 0 : 1 - stage;
-    if constexpr (F::kStages == 2) fetch(next, other);
-    const int key0 = now.tile() * N;
+    const uint32_t stage = F::kStages == 1 ? 0 : turn % 2;
+    if constexpr (F::kStages == 2) fetch(turn + 1, 1 - stage);
+    walk.template find<0>(turn + 2, a.of_queries, a.rows);
+    const OwnTile at = walk.own();
+    const int key0 = walk.at(turn).tile() * N, own0 = at.tile * M + row0;
+    const ScoreTerms<Place> terms(p, a.factors, at.batch, at.head, own0);
     const uint32_t key_at = F::kFirstStage + stage * F::kStageBytes + F::kKeyTile, value_at = key_at + F::kValueTile;
     const ValueGuard<typename F::Key, Math, decltype(key_copy), MI> guard(key_copy, shared + key_at);
     bool finite = true;
     uint32_t seen[Place::kQueries];
     if constexpr (kIsPartial) {
-      find_visible<Place>(seen, p, batch, head, query0 + row0, key0);
+      find_visible<Place>(seen, p, at.batch, at.head, own0, key0);
       finite = !__syncthreads_or(!guard.finite());
     }
 
-    ModifiedScores<Place> modified(p.dropout);
+    ModifiedScores<Place, T> modified(a);
     if constexpr (F::kModified) {
-      modified.set_kept([&](int q) { return kept_keys<N>(p, batch, head, terms.query(q), key0); });
+      modified.set_kept([&](int q) { return kept_keys<N>(p, at.batch, at.head, terms.query(q), key0); });
     }
 
     Accumulators<MI, F::NJ> s, dp;
@@ -126,18 +146,22 @@ __global__ void __launch_bounds__(F::kThreads, 1) flash_query_gradient(const __g
     if constexpr (F::kModified) {
       modified.template apply<kIsPartial>(s, terms, key0);
     } else if (precise) {
-      for_pairs<Place>([&](int q, int k) { Place::at(s, q, k) *= factor; });
+      for_pairs<Place>([&](int q, int k) { Place::at(s, q, k) *= a.factors.scale_log2; });
     }
     if constexpr (kIsPartial) hide<Place>(s, [&](int q) { return seen[q]; });
-    if (precise) precise_weights<Place>(s, RowNormalizers(p, batch, head), query0 + row0);
-    else weights<Place>(s, factor, normalizer);
+    if (precise) precise_weights<Place>(s, RowNormalizers(p, at.batch, at.head), own0);
+    else weights<Place>(s, a.factors.scale_log2, [&](int q) { return q % 2 ? normalizers[own_pair + q / 2 * 8].y : normalizers[own_pair + q / 2 * 8].x; });
     if constexpr (F::kModified) {
       modified.through_softcap(s);
       clear(dp);
       Math::product_abt(dp, own_grads, value_tile, value_at);
-      modified.template gradient<kIsPartial>(dp, s, [&](int q) { return minus_delta[q]; });
+      modified.template gradient<kIsPartial>(dp, s, [&](int q) { return q % 2 ? deltas[own_pair + q / 2 * 8].z : deltas[own_pair + q / 2 * 8].x; });
     } else {
-      for_pairs<Place>([&](int q, int k) { Place::at(dp, q, k) = minus_delta[q]; });
+      UNROLL for (int mi = 0; mi < MI; ++mi) {
+        const float4 delta = deltas[own_pair + mi * 8];
+        UNROLL for (int j = 0; j < F::NJ; ++j)
+          dp[mi][j][0] = delta.x, dp[mi][j][1] = delta.y, dp[mi][j][2] = delta.z, dp[mi][j][3] = delta.w;
+      }
       Math::product_abt(dp, own_grads, value_tile, value_at);
       score_gradient<kIsPartial>(dp, s);
     }
@@ -149,23 +173,22 @@ __global__ void __launch_bounds__(F::kThreads, 1) flash_query_gradient(const __g
     Math::product_pb(dq, dp, key_tile, key_at);
     if constexpr (F::kStages == 1) {
       __syncthreads();  // these keys and values are read
-      fetch(next, other);
+      fetch(turn + 1, 0);
     }
-    stage = other;
   };
-  while (now.exists()) {
-    const MetTile next = visitor.next();
-    if (now.partial()) visit(next, std::true_type());
-    else visit(next, std::false_type());
-    now = next;
+  while (walk.at(turn).exists()) {
+    for (; walk.at(turn).is(kWhole); ++turn) visit(std::false_type());
+    for (; walk.at(turn).is(kPartial); ++turn) visit(std::true_type());
   }
   cp_async_wait<0>();
 
-  const float scale = static_cast<float>(p.score.scale);
-  for_elements<MI, kKeyColumns / 8>([&](int mi, int h, int j, int e) { dq[mi][j][2 * h + e] *= scale; });
+  for_elements<MI, kKeyColumns / 8>([&](int mi, int h, int j, int e) { dq[mi][j][2 * h + e] *= a.scale; });
   __syncthreads();  // all copies have arrived, and no warp reads them
-  store_rows<Math, typename F::Query>(dq, shared + F::kQueryTile, row0, head_of<T>(p.grad_query, batch, head) + query0 * p.grad_query.stride_row,
-                                      p.grad_query.stride_row, static_cast<int>(shape.query_len) - query0,
+  const OwnTile of = walk.own();
+  const int first = of.tile * M;
+  store_rows<Math, typename F::Query>(dq, shared + F::kQueryTile, row0,
+                                      head_of<T>(p.grad_query, of.batch, of.head) + first * p.grad_query.stride_row,
+                                      p.grad_query.stride_row, static_cast<int>(shape.query_len) - first,
                                       static_cast<int>(shape.head_dim));
 }
 

@@ -30,52 +30,80 @@ __global__ void __launch_bounds__(kMeetingWarps * 32) find_meetings(const __grid
   write(0, kApart);
 }
 
-// A tile of one query head that meets the tile at hand.
-class MetTile {
-  int tile_ = -1;  // twice the tile, and whether it is partial
+// A tile that meets the tile at hand.
+struct MetTile {
+  int head, bits;     // of the query
+  int nth_head;       // how many heads after the first that was asked for
+  int64_t first_row;  // the tile's, in RowTerms, if it is one of queries
 
- public:
-  int head = 0;
-
-  DEVICE MetTile() {}
-  DEVICE MetTile(int head, int tile, bool partial) : tile_(2 * tile + partial), head(head) {}
-  DEVICE bool exists() const { return tile_ >= 0; }
-  DEVICE bool partial() const { return tile_ & 1; }
-  DEVICE int tile() const { return tile_ >> 1; }
+  DEVICE bool is(Meeting meeting) const { return (bits & (INT32_MIN | 2)) == (meeting == kPartial ? 2 : 0); }
+  DEVICE bool exists() const { return bits >= 0; }
+  DEVICE int tile() const { return bits >> 2; }
+  DEVICE bool precise() const { return bits & 1; }  // see RowTerms
 };
 
-// The tiles that meet tile `row`, head by head.  Every warp keeps one, and all are alike.
-class TileVisitor {
-  const Meetings& meetings_;
-  const uint8_t* row_;  // of the head
-  int head_, heads_left_;
-  int chunk_ = -1;      // of 32 tiles, a bit for each
-  uint32_t meet_ = 0, partial_ = 0;
+// A walk over the tiles that meet a block's own tile, head by head.  It is kept in shared memory, as a register in every thread for each of
+// its numbers is more than there is: the first warp finds the tiles, two turns before they are multiplied.
+class TileWalk {
+  static constexpr uint32_t kSlots = 4;
+  MetTile found_[kSlots];
+  const uint8_t* columns_;            // of the head
+  int64_t head_row_;                  // in RowTerms
+  int head_, nth_head_, heads_left_;
+  int chunk_;                         // of 32 tiles
+  OwnTile own_;
+  uint32_t meet_, partial_;           // a bit for each that is left of the chunk
 
  public:
-  DEVICE TileVisitor(const Meetings& meetings, int batch, int first_head, int heads, int row)
-      : meetings_(meetings), head_(first_head), heads_left_(heads) {
-    const int64_t list = (meetings.batch > 1 ? batch : 0) * meetings.heads + (meetings.heads > 1 ? first_head : 0);
-    row_ = meetings.data + list * meetings.per_head() + static_cast<int64_t>(row) * meetings.columns;
+  // Over `heads` query heads, of the `heads_of_batch` that a batch element has.
+  DEVICE void start(const Meetings& meetings, int64_t padded_rows, const OwnTile& own, int heads_of_batch, int first_head, int heads) {
+    if (threadIdx.x == 0) {
+      own_ = own;
+      const int batch = own.batch, row = own.tile;
+      const int64_t list = (meetings.batch > 1 ? batch : 0) * meetings.heads + (meetings.heads > 1 ? first_head : 0);
+      columns_ = meetings.data + list * meetings.per_head() + static_cast<int64_t>(row) * meetings.columns;
+      head_row_ = (static_cast<int64_t>(batch) * heads_of_batch + first_head) * padded_rows;
+      head_ = first_head, nth_head_ = 0, heads_left_ = heads, chunk_ = -1, meet_ = partial_ = 0;
+    }
+    __syncwarp();
   }
-
-  DEVICE MetTile next() {
-    while (meet_ == 0) {
-      if (heads_left_ == 0) return {};
-      const int tile = ++chunk_ * 32 + lane_index();
-      if (chunk_ * 32 >= meetings_.columns) {
-        ++head_, --heads_left_, chunk_ = -1;
-        if (meetings_.heads > 1) row_ += meetings_.per_head();
+  // The tile of turn `turn`, by the first warp; a barrier has to follow.  M: queries of a tile, 0: it is one of keys.
+  template <int M>
+  DEVICE void find(uint32_t turn, const Meetings& meetings, const RowTerms& rows) {
+    if (threadIdx.x >= 32) return;
+    int head = head_, nth_head = nth_head_, heads_left = heads_left_, chunk = chunk_;
+    int64_t head_row = head_row_;
+    uint32_t meet = meet_, partial = partial_;
+    const uint8_t* columns = columns_;
+    __syncwarp();
+    while (meet == 0 && heads_left > 0) {
+      if (++chunk * 32 >= meetings.columns) {
+        ++head, ++nth_head, --heads_left, chunk = -1;
+        head_row += rows.padded;
+        if (meetings.heads > 1) columns += meetings.per_head();
         continue;
       }
-      const int meeting = tile < meetings_.columns ? static_cast<int>(row_[tile]) : static_cast<int>(kApart);
-      meet_ = __ballot_sync(kAllLanes, meeting != kApart);
-      partial_ = __ballot_sync(kAllLanes, meeting == kPartial);
+      const int tile = chunk * 32 + lane_index();
+      const int meeting = tile < meetings.columns ? static_cast<int>(columns[tile]) : static_cast<int>(kApart);
+      meet = __ballot_sync(kAllLanes, meeting != kApart);
+      partial = __ballot_sync(kAllLanes, meeting == kPartial);
     }
-    const int bit = __ffs(static_cast<int>(meet_)) - 1;
-    meet_ &= meet_ - 1;
-    return {head_, chunk_ * 32 + bit, (partial_ >> bit & 1) != 0};
+    MetTile found{0, -1, 0, 0};
+    if (meet) {
+      const int bit = __ffs(static_cast<int>(meet)) - 1, tile = chunk * 32 + bit;
+      found = {head, 4 * tile + 2 * static_cast<int>(partial >> bit & 1), nth_head, head_row + static_cast<int64_t>(tile) * M};
+      if (M && rows.precise[found.first_row / kRowBlock]) found.bits |= 1;
+      meet &= meet - 1;
+    }
+    if (threadIdx.x == 0) {
+      found_[turn % kSlots] = found;
+      columns_ = columns, head_row_ = head_row, head_ = head, nth_head_ = nth_head, heads_left_ = heads_left;
+      chunk_ = chunk, meet_ = meet, partial_ = partial;
+    }
+    __syncwarp();
   }
+  DEVICE OwnTile own() const { return own_; }
+  DEVICE const MetTile& at(uint32_t turn) const { return found_[turn % kSlots]; }
 };
 
 }  // namespace attn_ext::cuda

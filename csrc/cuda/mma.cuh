@@ -65,7 +65,15 @@ struct RowsOperand {
 template <class T, int Columns, int MI, int NJ, bool InRegisters>
 DEVICE void product_abt(Accumulators<MI, NJ>& acc, const RowsOperand<Columns, MI, InRegisters>& a_rows,
                         BlockAddress<Columns> at, uint32_t b_tile) {
-  UNROLL for (int k = 0; k < Columns / 16; ++k) {
+  // A step of the loop ends where ptxas has to stop fetching ahead, at the cost of registers.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  constexpr bool kAll = InRegisters || Columns <= 64 || MI > 1;
+#else
+  constexpr bool kAll = InRegisters || Columns <= 64 || Columns == 128;
+#endif
+  [[maybe_unused]] constexpr int kAtOnce = kAll ? Columns / 16 : Columns == 96 ? 2 : 4;
+#pragma unroll kAtOnce
+  for (int k = 0; k < Columns / 16; ++k) {
     uint32_t a[MI][4];
     a_rows.get(a, k);
     UNROLL for (int j = 0; j < NJ; j += 2) {

@@ -9,6 +9,13 @@
 
 namespace attn_ext::cuda {
 
+// From sm_100 on ptxas works on pairs of registers, and has none to spare where on others it just does.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr bool kSparesRegisters = false;
+#else
+constexpr bool kSparesRegisters = true;
+#endif
+
 constexpr uint32_t kAllLanes = 0xffffffffu;
 
 DEVICE int lane_index() { return threadIdx.x & 31; }
@@ -146,6 +153,25 @@ DEVICE const char* pin(const char* p) {
   const uint64_t x = reinterpret_cast<uint64_t>(p);
   return reinterpret_cast<const char*>(static_cast<uint64_t>(pin(static_cast<uint32_t>(x >> 32))) << 32 |
                                        pin(static_cast<uint32_t>(x)));
+}
+
+// x, as a value that is not known to be the same in every turn of a loop: what follows from it is computed anew and takes no
+// register in between.
+DEVICE int anew(int x) {
+#ifndef ATTN_EXT_EMULATE
+  asm volatile("" : "+r"(x));
+#endif
+  return x;
+}
+
+DEVICE int thread_anew() {
+#ifdef ATTN_EXT_EMULATE
+  return threadIdx.x;
+#else
+  int x;
+  asm volatile("mov.u32 %0, %%tid.x;\n" : "=r"(x));
+  return x;
+#endif
 }
 
 // Two numbers in the halves of a register, the first in the lower.

@@ -36,11 +36,11 @@ DEVICE void precise_weights(Accumulators<Place::MI, Place::NJ>& s, const RowNorm
   }
 }
 // Products become weights where no normalizer is so large that rounding shows.  factor brings them to units of log2.
-template <class Place>
-DEVICE void weights(Accumulators<Place::MI, Place::NJ>& s, float factor, const float (&normalizer)[Place::kQueries]) {
+template <class Place, class Normalizer>
+DEVICE void weights(Accumulators<Place::MI, Place::NJ>& s, float factor, const Normalizer& normalizer) {
   for_pairs<Place>([&](int q, int k) {
     float& p = Place::at(s, q, k);
-    p = ex2_approx(fused(p, factor, -normalizer[q]));
+    p = ex2_approx(fused(p, factor, -normalizer(q)));
   });
 }
 
@@ -54,46 +54,71 @@ DEVICE void score_gradient(Accumulators<MI, NJ>& dp, const Accumulators<MI, NJ>&
   });
 }
 
+// A number for each pair of a thread's queries and keys, between 0 and 1: where it is rounded to T's precision in the end, in
+// half the registers.
+template <class Place, class T>
+class PairFactors {
+  static constexpr bool kPacked = sizeof(T) == 2;
+  static constexpr int kPairs = Place::kQueries * Place::kKeys;
+  std::conditional_t<kPacked, uint32_t, float> words_[kPacked ? kPairs / 2 : kPairs];
+
+ public:
+  DEVICE void set(const Accumulators<Place::MI, Place::NJ>& x) {
+    for_pairs<Place>([&](int q, int k) {
+      const int pair = q * Place::kKeys + k;
+      if constexpr (!kPacked) words_[pair] = Place::at(x, q, k);
+      else if (k % 2 == 1) words_[pair / 2] = pack<Float16>(Place::at(x, q, k - 1), Place::at(x, q, k));
+    });
+  }
+  DEVICE float at(int q, int k) const {
+    const int pair = q * Place::kKeys + k;
+    if constexpr (!kPacked) return words_[pair];
+    else return to_float(Float16{static_cast<uint16_t>(words_[pair / 2] >> 16 * (pair % 2))});
+  }
+};
+
 // Scores that are modified, and dropout: what P, dP and dS need of them.
-template <class Place>
+template <class Place, class T>
 class ModifiedScores {
   using Scores = Accumulators<Place::MI, Place::NJ>;
   static_assert(Place::kQueries * Place::kKeys <= 32);
-  const DropoutParams& dropout_;
-  uint32_t kept_ = 0;  // by dropout: bit q * kKeys + k
-  Scores slope_;       // of the softcap
+  const BackwardArguments& a_;
+  uint32_t kept_ = 0;              // by dropout: bit q * kKeys + k
+  PairFactors<Place, T> slopes_;   // of the softcap, if there is one
 
   DEVICE bool keeps(int q, int k) const { return kept_ >> (q * Place::kKeys + k) & 1; }
 
  public:
-  DEVICE explicit ModifiedScores(const DropoutParams& dropout) : dropout_(dropout) {}
+  DEVICE explicit ModifiedScores(const BackwardArguments& a) : a_(a) {}
 
   // kept(q) has a bit for each of the thread's keys.
   template <class Kept>
   DEVICE void set_kept(const Kept& kept) {
-    if (dropout_.enabled()) UNROLL for (int q = 0; q < Place::kQueries; ++q) kept_ |= kept(q) << (q * Place::kKeys);
+    if (a_.params.dropout.enabled()) UNROLL for (int q = 0; q < Place::kQueries; ++q) kept_ |= kept(q) << (q * Place::kKeys);
   }
   // Products become scores in units of log2.
   template <bool kPartial>
-  DEVICE void apply(Scores& s, const ScoreTerms<Place>& terms, int key0) { terms.template apply<kPartial>(s, key0, slope_); }
+  DEVICE void apply(Scores& s, const ScoreTerms<Place>& terms, int key0) {
+    terms.template apply<kPartial>(s, key0, [&](const Scores& slopes) { slopes_.set(slopes); });
+  }
   // The weights that values are summed with, but for a common factor.
   DEVICE void drop(Scores& weights) const {
-    if (!dropout_.enabled()) return;
+    if (!a_.params.dropout.enabled()) return;
     for_pairs<Place>([&](int q, int k) {
       if (!keeps(q, k)) Place::at(weights, q, k) = 0.f;
     });
   }
   // P, times the slope: what makes of dP the gradient of the scaled product instead of that of the score.
   DEVICE void through_softcap(Scores& weights) const {
-    for_pairs<Place>([&](int q, int k) { Place::at(weights, q, k) *= Place::at(slope_, q, k); });
+    if (!(a_.params.score.softcap > 0)) return;
+    for_pairs<Place>([&](int q, int k) { Place::at(weights, q, k) *= slopes_.at(q, k); });
   }
   // dP, of the weights that are left, becomes dS.
   template <bool kPartial, class MinusDelta>
   DEVICE void gradient(Scores& dp, const Scores& weights, const MinusDelta& minus_delta) const {
-    const float factor = static_cast<float>(dropout_.inverse_keep);
     for_pairs<Place>([&](int q, int k) {
       float& ds = Place::at(dp, q, k);
-      if (dropout_.enabled()) ds = keeps(q, k) ? ds * factor : 0.f;
+      if (a_.params.dropout.enabled()) ds = keeps(q, k) ? ds * a_.inverse_keep : 0.f;
       ds += minus_delta(q);
     });
     score_gradient<kPartial>(dp, weights);

@@ -5,6 +5,7 @@
 #include "core/mask.h"
 #include "core/online_softmax.h"
 #include "cuda/accumulators.cuh"
+#include "cuda/score_factors.h"
 
 namespace attn_ext::cuda {
 
@@ -43,6 +44,7 @@ template <class Place>
 class ScoreTerms {
   using Scores = Accumulators<Place::MI, Place::NJ>;
   const AttentionParams& p_;
+  const ScoreFactors& factors_;
   int batch_, head_;
   int query0_;
 
@@ -81,25 +83,19 @@ class ScoreTerms {
         Place::at(s, q, k) -= slope * fabsf(distance - static_cast<float>(Place::key_offset(k)));
     }
   }
-  // f(score, tanh) for all scores of a softcap.
-  template <class F>
-  DEVICE void capped(Scores& s, const F& f) const {
-    const ScoreParams& score = p_.score;
-    const float to_cap = static_cast<float>(score.scale / score.softcap), cap_log2 = static_cast<float>(score.softcap * kLog2E);
-    for_pairs<Place>([&](int q, int k) {
-      const float t = fast_tanh(Place::at(s, q, k) * to_cap);
-      Place::at(s, q, k) = cap_log2 * t;
-      f(q, k, t);
-    });
+  DEVICE void cap(Scores& s) const {
+    for_pairs<Place>([&](int q, int k) { Place::at(s, q, k) = fast_tanh(Place::at(s, q, k) * factors_.to_cap); });
+  }
+  DEVICE void scale_capped(Scores& s) const {
+    for_pairs<Place>([&](int q, int k) { Place::at(s, q, k) *= factors_.cap_log2; });
   }
   DEVICE void scale(Scores& s) const {
-    const float scale_log2 = static_cast<float>(p_.score.scale * kLog2E);
-    for_pairs<Place>([&](int q, int k) { Place::at(s, q, k) *= scale_log2; });
+    for_pairs<Place>([&](int q, int k) { Place::at(s, q, k) *= factors_.scale_log2; });
   }
 
  public:
-  DEVICE ScoreTerms(const AttentionParams& p, int batch, int head, int query0)
-      : p_(p), batch_(batch), head_(head), query0_(query0) {}
+  DEVICE ScoreTerms(const AttentionParams& p, const ScoreFactors& factors, int batch, int head, int query0)
+      : p_(p), factors_(factors), batch_(batch), head_(head), query0_(query0) {}
 
   // Rows past the end count as the last one: they are dropped.
   DEVICE int query(int q) const {
@@ -109,18 +105,19 @@ class ScoreTerms {
   // Products become scores in units of log2.  Where there is a bias, every tile is partial.
   template <bool kPartial>
   DEVICE void apply(Scores& s, int key0) const {
-    if (p_.score.softcap > 0) capped(s, [](int, int, float) {});
-    else scale(s);
-    add<kPartial>(s, key0);
+    apply<kPartial>(s, key0, [](const Scores&) {});
   }
-  // The same, with the slope of the softcap.
-  template <bool kPartial>
-  DEVICE void apply(Scores& s, int key0, Scores& slope) const {
+  // The same; take(slopes) gets those of the softcap, if there is one.
+  template <bool kPartial, class Take>
+  DEVICE void apply(Scores& s, int key0, const Take& take) const {
     if (p_.score.softcap > 0) {
-      capped(s, [&](int q, int k, float t) { Place::at(slope, q, k) = 1.f - t * t; });
+      cap(s);
+      Scores slopes;
+      for_pairs<Place>([&](int q, int k) { Place::at(slopes, q, k) = 1.f - Place::at(s, q, k) * Place::at(s, q, k); });
+      take(slopes);
+      scale_capped(s);
     } else {
       scale(s);
-      for_pairs<Place>([&](int q, int k) { Place::at(slope, q, k) = 1.f; });
     }
     add<kPartial>(s, key0);
   }

@@ -60,8 +60,13 @@ class TileCopy {
   DEVICE TileCopy(const Other&, int64_t columns) : TileCopy(columns) {}
 
   DEVICE Rows rows(const void* matrix, int64_t row_stride, int64_t count) const {
+    const Rows rows = rows_anew(matrix, row_stride, count);
+    return {pin(rows.data), rows.row_bytes, rows.count};
+  }
+  // To be used at once.
+  DEVICE Rows rows_anew(const void* matrix, int64_t row_stride, int64_t count) const {
     const char* first = static_cast<const char*>(matrix) + row_ * row_stride * kBytesPerElement + chunk_ * 16;
-    return {pin(first), static_cast<int>(row_stride) * kBytesPerElement, static_cast<int>(count)};
+    return {first, static_cast<int>(row_stride) * kBytesPerElement, static_cast<int>(count)};
   }
   // Zeros in the columns that the matrix does not have: no copy touches them.
   DEVICE void clear_columns(unsigned char* tile) const {
@@ -111,5 +116,40 @@ DEVICE auto head_of(const View& view, int batch, int head) {
   using Pointer = std::conditional_t<std::is_const_v<std::remove_pointer_t<decltype(view.data)>>, const T*, T*>;
   return static_cast<Pointer>(view.data) + batch * view.stride_batch + head * view.stride_head;
 }
+
+// Which tile of which head a block owns: neighbouring blocks have neighbouring tiles.
+struct OwnTile {
+  int tile, head, batch;
+
+  DEVICE static OwnTile of_block(int64_t length, int rows, int64_t heads) {
+    const int block = blockIdx.x, tiles = (static_cast<int>(length) + rows - 1) / rows, head = block / tiles;
+    return {block % tiles, head % static_cast<int>(heads), head / static_cast<int>(heads)};
+  }
+};
+
+// The rows of the heads of a batch element, as a TileCopy wants them again and again: kept in registers, from the first head on,
+// or, where registers are scarcer than instructions, made anew each time.
+template <class T, bool kKept>
+class HeadRows {
+  const ConstTensorView& view_;
+  int64_t count_;
+  Rows kept_;
+
+ public:
+  template <class Copy>
+  DEVICE HeadRows(const Copy& copy, const ConstTensorView& view, int64_t count, int batch, int first_head)
+      : view_(view), count_(count) {
+    if constexpr (kKept) kept_ = copy.rows(head_of<T>(view, batch, first_head), view.stride_row, count);
+  }
+  // Of a head of the same batch element, `nth` after the first.
+  template <class Copy>
+  DEVICE Rows of(const Copy& copy, int batch, int head, int nth = 0) const {
+    if constexpr (kKept) {
+      return {kept_.data + nth * view_.stride_head * static_cast<int64_t>(sizeof(T)), kept_.row_bytes, kept_.count};
+    } else {
+      return copy.rows_anew(head_of<T>(view_, batch, head), view_.stride_row, count_);
+    }
+  }
+};
 
 }  // namespace attn_ext::cuda

@@ -22,9 +22,9 @@ class TileBits {
   template <bool kVisible, bool kKept>
   DEVICE void write(const AttentionParams& p, int batch, int head, int query0, int key0) const {
     const VisibleKeys<N> visible(p, batch, head, key0);
-    const int last = static_cast<int>(p.shape.query_len) - 1;
+    const int last = anew(static_cast<int>(p.shape.query_len)) - 1;
 #pragma unroll 1
-    for (int row = threadIdx.x / 4; row < M; row += Threads / 4) {
+    for (int row = thread_anew() / 4; row < M; row += Threads / 4) {
       const int query = min(query0 + row, last);
       uint32_t word = 0xffff;
       if constexpr (kVisible) word = visible.of(query);
