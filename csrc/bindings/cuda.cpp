@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/accelerator.h>
 
 #include "bindings/aligned_forward.h"
+#include "bindings/decode_launch.h"
 
 namespace attn_ext::bindings {
 namespace {
@@ -37,6 +38,14 @@ struct Cuda {
       cuda::forward(aligned, {.device = device, .handle = current_stream(index)});
     });
   }
+  static void run_decode(DecodeInputs& inputs, DeviceDecodeParams& params, DecodeResults&) {
+    const int32_t index = inputs.device.index;
+    const torch::stable::accelerator::DeviceGuard guard(index);
+    const cuda::Device device = cuda::device(index);
+    run_planned(inputs, params, device, [&](const DeviceDecodeParams& planned, const DecodeWorkspace&) {
+      cuda::decode(planned, {.device = device, .handle = current_stream(index)});
+    });
+  }
 };
 
 }  // namespace
@@ -44,4 +53,5 @@ struct Cuda {
 
 STABLE_TORCH_LIBRARY_IMPL(attn_ext, CUDA, library) {
   attn_ext::bindings::implement_forward<attn_ext::bindings::Cuda>(library);
+  library.impl("attention_decode", attn_ext::bindings::attention_decode<attn_ext::bindings::Cuda>);
 }

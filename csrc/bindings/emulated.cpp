@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "bindings/aligned_forward.h"
+#include "bindings/decode_launch.h"
 #include "bindings/launch_memory.h"
 #include "cuda/variant.h"
 
@@ -15,7 +16,7 @@ const char* attn_ext_emulation_report();
 namespace attn_ext::bindings {
 namespace {
 
-enum Access : int { kReadOnly = 0, kUndefined = 2 };
+enum Access : int { kReadOnly = 0, kReadWrite = 1, kUndefined = 2 };
 
 cuda::Device emulated_device;
 const cuda::ForwardVariant* forced_variant = nullptr;  // null: the selector's choice
@@ -31,10 +32,25 @@ struct Emulated {
       });
       if (forced_variant) forced_variant->launch(aligned, {.device = emulated_device}, *forced_variant);
       else cuda::forward(aligned, {.device = emulated_device});
-      attn_ext_emulation_forget_memory();
-      const char* faults = attn_ext_emulation_report();
-      STD_TORCH_CHECK(*faults == '\0', faults);
+      finish();
     });
+  }
+  static void run_decode(DecodeInputs& inputs, DeviceDecodeParams& params, DecodeResults& results) {
+    run_planned(inputs, params, emulated_device, [&](const DeviceDecodeParams& planned, const DecodeWorkspace& workspace) {
+      for_decode_memory(inputs, planned, results, workspace, [](void* address, int64_t bytes, MemoryUse use) {
+        const Access access = use == MemoryUse::read ? kReadOnly : use == MemoryUse::written ? kReadWrite : kUndefined;
+        attn_ext_emulation_register_memory(address, static_cast<size_t>(bytes), access);
+      });
+      cuda::decode(planned, {.device = emulated_device});
+      finish();
+    });
+  }
+
+ private:
+  static void finish() {
+    attn_ext_emulation_forget_memory();
+    const char* faults = attn_ext_emulation_report();
+    STD_TORCH_CHECK(*faults == '\0', faults);
   }
 };
 
@@ -62,8 +78,10 @@ int attn_ext_emulated_force(const char* name) {
 STABLE_TORCH_LIBRARY(attn_ext_emulated, library) {
   library.def(attn_ext::bindings::kAttentionForward);
   library.def(attn_ext::bindings::kAttentionOutput);
+  library.def(attn_ext::bindings::kAttentionDecode);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(attn_ext_emulated, CPU, library) {
   attn_ext::bindings::implement_forward<attn_ext::bindings::Emulated>(library);
+  library.impl("attention_decode", attn_ext::bindings::attention_decode<attn_ext::bindings::Emulated>);
 }

@@ -6,13 +6,11 @@ namespace attn_ext::cuda {
 
 #define FORWARD(name, ...) extern const ForwardVariant forward_##name;
 #include "core/variants.def"
-#undef FORWARD
 
 std::span<const ForwardVariant* const> forward_variants() {
   static const ForwardVariant* const variants[] = {
 #define FORWARD(name, ...) &forward_##name,
 #include "core/variants.def"
-#undef FORWARD
   };
   return variants;
 }

@@ -27,4 +27,10 @@ const char* unsupported(const ForwardParams& params, const Device& device);
 // std::runtime_error that names the kernel; asks for a supported call.
 void forward(const ForwardParams& params, const Stream& stream);
 
+// The same of a step of decoding.
+const char* unsupported(const DecodeParams& params, const Device& device);
+
+// The append, the ranges of keys, and their merge: of params that plan() of cuda/decode_plan.h has completed.
+void decode(const DeviceDecodeParams& params, const Stream& stream);
+
 }  // namespace attn_ext::cuda

@@ -17,4 +17,18 @@ struct ForwardVariant {
 // Those of core/variants.def.
 std::span<const ForwardVariant* const> forward_variants();
 
+struct DecodeVariant {
+  const char* name;
+  DType dtype;
+  int columns, shared_bytes;
+  bool quantised;
+  void (*launch)(const DeviceDecodeParams&, const Stream&, const DecodeVariant&);
+};
+
+std::span<const DecodeVariant* const> decode_variants();
+
+// What goes before and after them.
+void append(const DeviceDecodeParams& params, const Stream& stream);
+void merge_ranges(const DeviceDecodeParams& params, const Stream& stream);
+
 }  // namespace attn_ext::cuda

@@ -10,7 +10,7 @@ from unittest import mock
 import torch
 from torch.utils import cpp_extension
 
-from attn_ext import _ops
+from attn_ext import _ops, decode
 
 
 def build_arguments() -> dict[str, list[str]]:
@@ -34,4 +34,12 @@ def forward_by(namespace: str) -> Iterator[None]:
         _forward_handle=operators.attention_forward.default._handle,
         _output_handle=operators.attention_output.default._handle,
     ):
+        yield
+
+
+@contextmanager
+def decode_by(namespace: str) -> Iterator[None]:
+    """`attention_decode` calls the operator of `torch.ops.<namespace>`."""
+    operator = getattr(torch.ops, namespace).attention_decode.default
+    with mock.patch.multiple(decode, _decode=operator, _decode_handle=operator._handle):
         yield
