@@ -10,19 +10,16 @@ DEVICE void store_four(unsigned char* to, const float (&x)[4]) {
   else *reinterpret_cast<uint2*>(to) = make_uint2(pack<T>(x[0], x[1]), pack<T>(x[2], x[3]));
 }
 
+// Four codes a lane at a time: neighbours write next to each other.
 template <class Code, class Codes, class Operand>
 DEVICE void widen_codes(const unsigned char* codes, unsigned char* operand) {
-  constexpr int kWords = 4, kChunks = 16 / Operand::kPerChunk, kPerChunk = kWords / kChunks;  // words of codes a chunk
-  for (int i = lane_index(); i < Codes::kRows * Codes::kChunks; i += 32) {
-    const int row = i / Codes::kChunks, chunk = i % Codes::kChunks;
-    const uint4 sixteen = *reinterpret_cast<const uint4*>(codes + Codes::at(row, chunk));
-    const uint32_t words[kWords] = {sixteen.x, sixteen.y, sixteen.z, sixteen.w};
-    UNROLL for (int word = 0; word < kWords; ++word) {
-      float x[4];
-      UNROLL for (int k = 0; k < 4; ++k) x[k] = to_float(bit_cast<Code>(static_cast<uint8_t>(words[word] >> 8 * k)));
-      unsigned char* const to = operand + Operand::at(row, chunk * kChunks + word / kPerChunk);
-      store_four<typename Operand::Element>(to + word % kPerChunk * 4 * sizeof(typename Operand::Element), x);
-    }
+  constexpr int kWords = Codes::kColumns / 4;  // of a row
+  for (int i = lane_index(); i < Codes::kRows * kWords; i += 32) {
+    const int row = i / kWords, column = i % kWords * 4;
+    const uint32_t word = *reinterpret_cast<const uint32_t*>(codes + Codes::element(row, column));
+    float x[4];
+    UNROLL for (int k = 0; k < 4; ++k) x[k] = to_float(bit_cast<Code>(static_cast<uint8_t>(word >> 8 * k)));
+    store_four<typename Operand::Element>(operand + Operand::element(row, column), x);
   }
 }
 template <class Codes, class Operand>
