@@ -46,9 +46,9 @@ def attention_decode(
 
     flash-attn's `flash_attn_with_kvcache`, in the (B, H, L, D) layout. Each key is read once for all heads of
     its group and all queries; keys are split over threads, or blocks of a GPU (flash-decoding, Dao et al.,
-    2023), and the bits of the result do not depend on how many there are. Of a sequence of n = cache_seqlens[b] + Lnew tokens, query
-    i is token n - Lq + i and attends to the tokens up to itself; what the cache holds beyond is never read.
-    Not differentiable.
+    2023), and the bits of the result do not depend on how many there are. Of a sequence of
+    n = cache_seqlens[b] + Lnew tokens, query i is token n - Lq + i and attends to the tokens up to itself;
+    what the cache holds beyond is never read. Not differentiable.
 
     Args:
         query: (B, Hq, Lq, D), float32, float64, float16 or bfloat16. Made for 1 to 16 queries a sequence.
@@ -209,7 +209,7 @@ def _positions(cache_seqlens: Tensor, query_len: int, appended: int) -> Tensor:
 def _rotate(x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     """(B, H, L, D) with each token's first columns turned by the angles of its position, (B, L)."""
     dtype = torch.promote_types(x.dtype, torch.float32)
-    positions = positions.clamp(0, max(cos.shape[0] - 1, 0))  # queries that see nothing, lengths that are wrong
+    positions = positions.clamp(0, max(cos.shape[0] - 1, 0))  # of queries that see nothing, wrong lengths
     cos, sin = (table[positions].unsqueeze(1).to(dtype) for table in (cos, sin))
     turned, rest = x.to(dtype).tensor_split((2 * cos.shape[-1],), dim=-1)
     a, b = (turned[..., ::2], turned[..., 1::2]) if interleaved else turned.chunk(2, dim=-1)

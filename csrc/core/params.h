@@ -207,12 +207,14 @@ struct DeviceDecodeParams : DecodeParams {
   IntegerView table;          // (batch, pages_per_sequence): pages that are not there hold nothing; null: sequence b is page b
   int64_t page_count = 0;
 
-  // What the ranges of keys leave (cuda/decode_plan.h): of each row and range the output, and m and l of its softmax.
+  // Set by plan() of cuda/decode_plan.h.
+  float score_factor = 1, score_cap = 0;  // scores, in units of log2, are factor * q.k or cap * tanh(factor * q.k)
+  // What the ranges of keys leave: of each row and range the output, and m and l of its softmax.
   int64_t ranges = 0;             // of a row there is room for
   int64_t blocks = 0;             // that share the ranges of a row
   float* partial_out = nullptr;   // [batch][heads][query_len][ranges][partial_columns]
   int64_t partial_columns = 0;    // value_dim, rounded up to 4
-  float* partial_state = nullptr; // [batch][heads][query_len][ranges][2]
+  float* partial_state = nullptr;  // [batch][heads][query_len][ranges][2]
 };
 
 }  // namespace attn_ext

@@ -8,12 +8,12 @@ namespace {
 
 constexpr int kThreads = 128;
 
-// A column of a row of the cache.
+// A column of a row of the cache.  Nothing but zeros can be stored where the scale is 0.
 DEVICE void store(const DeviceDecodeParams& p, const CacheView& cache, int64_t page, int head, int64_t offset, float x) {
   if (p.format == CacheFormat::plain) return store_number(cache.data, p.dtype, offset, x);
-  const float scale = cache.scale[page * p.shape.kv_heads + head];
-  if (p.format == CacheFormat::int8) static_cast<int8_t*>(cache.data)[offset] = from_float<int8_t>(x / scale);
-  else static_cast<Float8E4M3*>(cache.data)[offset] = from_float<Float8E4M3>(x / scale);
+  const float scale = cache.scale[page * p.shape.kv_heads + head], code = scale == 0.f ? 0.f : x / scale;
+  if (p.format == CacheFormat::int8) static_cast<int8_t*>(cache.data)[offset] = from_float<int8_t>(code);
+  else static_cast<Float8E4M3*>(cache.data)[offset] = from_float<Float8E4M3>(code);
 }
 
 }  // namespace
@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(kThreads) decode_append(const __grid_constant_
   const int token = blockIdx.x % tokens, head = blockIdx.x / tokens % heads, batch = blockIdx.x / tokens / heads;
   const Sequence sequence(p, batch);
   const int position = sequence.length() + token;
-  const int64_t page = sequence.page(position);
+  const int page = sequence.page(position);
   if (page < 0) return;
 
   const auto place = [&](const CacheView& cache) {

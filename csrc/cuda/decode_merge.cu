@@ -18,10 +18,10 @@ DEVICE RowState state_at(const float* states, int range) {
 
 __global__ void __launch_bounds__(kWarps * 32) decode_merge(const __grid_constant__ DeviceDecodeParams p) {
   const AttentionShape& shape = p.shape;
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
-  if (row >= shape.batch * shape.heads * shape.query_len) return;
-  const int lane = lane_index(), query = static_cast<int>(row % shape.query_len);
-  const int head = static_cast<int>(row / shape.query_len % shape.heads), batch = static_cast<int>(row / shape.query_len / shape.heads);
+  const int row = blockIdx.x * kWarps + threadIdx.x / 32, queries = static_cast<int>(shape.query_len);
+  if (row >= shape.batch * shape.heads * queries) return;
+  const int heads = static_cast<int>(shape.heads), lane = lane_index();
+  const int query = row % queries, head = row / queries % heads, batch = row / queries / heads;
   const int ranges = Sequence(p, batch).ranges();
   const float* const states = p.partial_state + row * p.ranges * 2;
   const float* const outs = p.partial_out + row * p.ranges * p.partial_columns;
@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(kWarps * 32) decode_merge(const __grid_constan
 
 void merge_ranges(const DeviceDecodeParams& p, const Stream& stream) {
   const int64_t rows = p.shape.batch * p.shape.heads * p.shape.query_len;
-  launch<decode_merge>("decode_merge", ceil_div(rows, kWarps), kWarps * 32, 0, stream, p);
+  launch<decode_merge>("decode_merge", ceil_div<int64_t>(rows, kWarps), kWarps * 32, 0, stream, p);
 }
 
 }  // namespace attn_ext::cuda

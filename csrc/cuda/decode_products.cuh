@@ -9,13 +9,11 @@ template <class F>
 class MmaDecode {
   using T = typename F::T;
   BlockAddress<F::kColumns> at_;
-  RowsOperand<F::kColumns, 1, F::kQueryInRegisters> query_;
+  RowsOperand<F::kColumns, 1, false> query_;
 
  public:
   DEVICE MmaDecode(unsigned char* shared, const DeviceDecodeParams&) : at_(shared_address(shared)), query_(at_, F::kQueryTile) {}
 
-  // Once the queries are there.
-  DEVICE void fetch_query() { query_.fetch(); }
   // Of tiles at offsets in shared memory.
   DEVICE void scores(Accumulators<1, F::NJ>& s, uint32_t keys) const { product_abt<T>(s, query_, at_, keys); }
   DEVICE void output(Accumulators<1, F::DJ>& o, const Accumulators<1, F::NJ>& p, uint32_t values) const {
@@ -75,11 +73,10 @@ class FmaDecode {
   DEVICE FmaDecode(unsigned char* shared, const DeviceDecodeParams& p)
       : shared_(shared),
         row_(lane_index() / 4),
-        rows_(static_cast<int>(p.shape.group() * p.shape.query_len)),
+        rows_(static_cast<int>(p.shape.heads) / static_cast<int>(p.shape.kv_heads) * static_cast<int>(p.shape.query_len)),
         key_chunks_(static_cast<int>(p.shape.head_dim + 3) / 4),
         value_columns_(static_cast<int>(p.shape.value_dim)) {}
 
-  DEVICE void fetch_query() {}
   DEVICE void scores(Accumulators<1, F::NJ>& s, uint32_t keys) const {
     if (rows_ > 8) scores_of<2>(s, shared_ + keys);
     else scores_of<1>(s, shared_ + keys);

@@ -19,23 +19,23 @@ class Sequence {
   DEVICE int total() const { return length_ + static_cast<int>(p_.shape.kv_len); }
   // Of a query; negative if it comes before the first token.
   DEVICE int position(int query) const { return total() - static_cast<int>(p_.shape.query_len) + query; }
-  DEVICE int first_key(int query) const {
-    const int at = position(query);
-    return at > p_.window_left ? at - static_cast<int>(p_.window_left) : 0;
+  DEVICE int first_key(int query) const { return first_key_from(position(query)); }
+  DEVICE int first_key_from(int position) const {
+    return position > p_.window_left ? position - static_cast<int>(p_.window_left) : 0;
   }
 
   // The page of a token, -1 if the table names none that there is.
-  DEVICE int64_t page(int token) const {
+  DEVICE int page(int token) const {
     if (!p_.table.data) return batch_;
-    const int64_t page = p_.table.at(batch_, token / static_cast<int>(p_.page_size));
-    return 0 <= page && page < p_.page_count ? page : -1;
+    const int64_t page = p_.table.at(batch_, static_cast<unsigned>(token) / static_cast<unsigned>(p_.page_size));
+    return 0 <= page && page < p_.page_count ? static_cast<int>(page) : -1;
   }
-  DEVICE int row(int token) const { return token % static_cast<int>(p_.page_size); }
+  DEVICE int row(int token) const { return static_cast<int>(static_cast<unsigned>(token) % static_cast<unsigned>(p_.page_size)); }
 
   // Its ranges of keys.
   DEVICE int first_of_all() const { return first_key(0); }
   DEVICE int keys_of_range() const {
-    return static_cast<int>(cuda::keys_of_range(max_i64(1, total() - first_of_all()), p_.splits));
+    return cuda::keys_of_range(max(1, total() - first_of_all()), static_cast<int>(p_.splits));
   }
   DEVICE int ranges() const {
     const int keys = total() - first_of_all(), each = keys_of_range();

@@ -23,7 +23,7 @@ class DecodeVariant(NamedTuple):
     columns: int
     warps: int
     ahead: int  # tiles of keys and of values in flight
-    query_in_registers: bool
+    blocks: int  # of a multiprocessor
     quantised: bool
 
     @property
@@ -33,13 +33,13 @@ class DecodeVariant(NamedTuple):
 
     @property
     def shared_bytes(self) -> int:
-        """Tiles, or the warps' outputs and states; and the queries, unless they go to registers."""
+        """Tiles, or the warps' outputs and states; and the queries."""
         cached = TILE * self.columns * (1 if self.quantised else self.dtype.itemsize)
         operand = TILE * self.columns * self.dtype.itemsize
         tiles = self.warps * (2 * self.ahead * cached + self.quantised * operand)
         outputs = self.warps * ROWS * (4 * self.columns + 8)
         largest = tiles if tiles > outputs else -(-outputs // 1024) * 1024
-        return largest + (not self.query_in_registers) * operand
+        return largest + operand
 
     def problem(self, lengths: tuple[int, ...], cache: torch.dtype, **sizes: Any) -> tuple[Problem, dict]:
         """One for which it is taken, and the options that go with the cache."""
@@ -68,10 +68,8 @@ def read_back(problem: Problem, scales: dict[str, torch.Tensor]) -> None:
 
 
 def _parse(line: str) -> DecodeVariant:
-    name, element, *sizes, in_registers, quantised = re.fullmatch(r"DECODE\((.*)\)", line)[1].split(", ")
-    return DecodeVariant(
-        name, ELEMENTS[element], *map(int, sizes), in_registers == "true", quantised == "true"
-    )
+    name, element, *sizes, quantised = re.fullmatch(r"DECODE\((.*)\)", line)[1].split(", ")
+    return DecodeVariant(name, ELEMENTS[element], *map(int, sizes), quantised == "true")
 
 
 VARIANTS = tuple(

@@ -40,7 +40,7 @@ struct Launched {
       const AttentionShape& shape = p.shape;
       const Grid grid{.append = shape.batch * shape.kv_heads * shape.kv_len,
                       .decode = shape.batch * shape.kv_heads * cuda::decode_row_blocks(p) * p.blocks,
-                      .merge = cuda::ceil_div(shape.batch * shape.heads * shape.query_len, 4)};
+                      .merge = cuda::ceil_div<int64_t>(shape.batch * shape.heads * shape.query_len, 4)};
       const auto count = static_cast<int64_t>(memory.size());
       STD_TORCH_CHECK(kernels(&p, sizeof p, memory.data(), count, &grid), "the launch failed");
     });
