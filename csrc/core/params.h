@@ -205,7 +205,7 @@ struct DeviceDecodeParams : DecodeParams {
   IntegerView given_lengths;  // (batch): brought to 0 .. room
   int64_t room = 0;           // what fits the cache and the rows of rotary.cos, less what is appended; >= 0
   IntegerView table;          // (batch, pages_per_sequence): pages that are not there hold nothing; null: sequence b is page b
-  int64_t page_count = 0;
+  int64_t page_count = 0;     // of which pages from 2^31 on cannot be named
 
   // Set by plan() of cuda/decode_plan.h.
   float score_factor = 1, score_cap = 0;  // scores, in units of log2, are factor * q.k or cap * tanh(factor * q.k)

@@ -17,8 +17,8 @@ std::span<const DecodeVariant* const> decode_variants() {
 
 namespace {
 
-// Kernels count tokens and blocks with 32 bits, tokens up to the end of the last tile.
-constexpr int64_t kLongest = std::numeric_limits<int32_t>::max() - 1024;
+// Kernels count tokens, up to the end of the last range, blocks and pages with 32 bits.
+constexpr int64_t kMost = int64_t{1} << 30;
 
 // Fewest columns.
 const DecodeVariant* select(const DecodeParams& p, const Device& device) {
@@ -37,7 +37,7 @@ bool fits_grid(const DecodeParams& p, const Device& device) {
   const AttentionShape& shape = p.shape;
   for (const int64_t factor : {shape.batch, shape.kv_heads, max_i64(decode_row_blocks(p), shape.kv_len), shape.group(), shape.query_len})
     if (__builtin_mul_overflow(rows, max_i64(1, factor), &rows)) return false;
-  return rows <= kLongest - 8 * device.processors;
+  return rows <= kMost - 8 * device.processors;
 }
 
 }  // namespace
@@ -46,8 +46,8 @@ const char* unsupported(const DecodeParams& p, const Device& device) {
   if (p.dtype == DType::float64) return "float64 is not computed on CUDA devices";
   if (device.arch < 75) return "CUDA devices before compute capability 7.5 are not supported";
   if (p.dtype == DType::bfloat16 && device.arch < 80) return "bfloat16 needs compute capability 8.0";
-  if (p.page_size > kLongest || p.pages_per_sequence > kLongest / max_i64(1, p.page_size) || p.shape.kv_len > kLongest)
-    return "sequences on CUDA devices have less than 2^31 - 1024 tokens";
+  if (p.page_size > kMost || p.pages_per_sequence > kMost / max_i64(1, p.page_size) || p.shape.kv_len > kMost)
+    return "sequences on CUDA devices have up to 2^30 tokens";
   if (!select(p, device)) return "heads of this size are not supported on this CUDA device";
   if (!fits_grid(p, device)) return "too many queries for one CUDA grid";
   return nullptr;

@@ -28,7 +28,7 @@ class Sequence {
   DEVICE int page(int token) const {
     if (!p_.table.data) return batch_;
     const int64_t page = p_.table.at(batch_, static_cast<unsigned>(token) / static_cast<unsigned>(p_.page_size));
-    return 0 <= page && page < p_.page_count ? static_cast<int>(page) : -1;
+    return 0 <= page && page < min_i64(p_.page_count, std::numeric_limits<int>::max()) ? static_cast<int>(page) : -1;
   }
   DEVICE int row(int token) const { return static_cast<int>(static_cast<unsigned>(token) % static_cast<unsigned>(p_.page_size)); }
 

@@ -77,7 +77,7 @@ def decode_launched(kernels: Kernels) -> Iterator[None]:
     try:
         with decode_by("attn_ext_launched_decode"):
             yield
-    except RuntimeError:
+    except Exception:  # what it makes of the operator's error
         if errors:
             raise errors[0] from None
         raise

@@ -11,6 +11,8 @@ from forward_variants import ELEMENTS
 from programs import ROOT
 from test_decode import LARGEST, Problem
 
+from attn_ext import testing
+
 ROWS = TILE = 16  # of a block; keys that a warp takes at a time
 LEAST_KEYS, MOST_RANGES = 256, 64  # of a range; of a sequence
 
@@ -67,6 +69,19 @@ def read_back(problem: Problem, scales: dict[str, torch.Tensor]) -> None:
             rows[b] = stored.transpose(0, 1)
 
 
+def check_means(problem: Problem, scale: float) -> None:
+    """All keys are made the same: outputs of a single query are means of values."""
+    for rows in (problem.query, problem.key_cache, *problem.keys):
+        rows.fill_(0.5)
+    out, _ = problem.decode(scale=scale)
+    for b, values in enumerate(problem.values):
+        exact, plain = (v.mean(1, keepdim=True) for v in (values.double(), values))
+        for head in range(out.shape[1]):
+            kv_head = head * values.size(0) // out.shape[1]
+            rows = out[b, head], exact[kv_head], plain[kv_head]
+            testing.assert_within_rule(*rows, testing.FORWARD_FACTOR, least=1e-7)
+
+
 def _parse(line: str) -> DecodeVariant:
     name, element, *sizes, quantised = re.fullmatch(r"DECODE\((.*)\)", line)[1].split(", ")
     return DecodeVariant(name, ELEMENTS[element], *map(int, sizes), quantised == "true")
@@ -77,6 +92,7 @@ VARIANTS = tuple(
     for line in (ROOT / "csrc" / "core" / "variants.def").read_text().splitlines()
     if line.startswith("DECODE(")
 )
+BY_NAME = {variant.name: variant for variant in VARIANTS}
 CASES = tuple((variant, cache) for variant in VARIANTS for cache in variant.caches)
 IDS = tuple(
     f"{variant.name}-{str(cache).removeprefix('torch.')}" if variant.quantised else variant.name

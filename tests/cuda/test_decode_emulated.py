@@ -16,6 +16,7 @@ from decode_variants import (
     TILE,
     VARIANTS,
     DecodeVariant,
+    check_means,
     read_back,
 )
 from emulated import A100, Device, emulated
@@ -129,6 +130,15 @@ def test_scales_of_any_size(dtype: torch.dtype, exponent: int, cache: torch.dtyp
     finite = out.abs() <= torch.finfo(dtype).max
     error = (narrow.float() - out.to(dtype).float())[finite].abs().max() if finite.any() else torch.tensor(0)
     assert error <= 4 * torch.finfo(dtype).eps * out.abs().max() + torch.finfo(dtype).smallest_normal
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scale", [1.0, 1e3, 1e6, 1e30])
+def test_huge_equal_scores(scale: float, dtype: torch.dtype) -> None:
+    """Parts of a row weigh by their number of keys, though that is lost in the sum of the logarithm."""
+    problem = Problem((700, 90), heads=1, head_dim=64, dtype=dtype, page_size=16)
+    with emulated():
+        check_means(problem, scale)
 
 
 # --- The same bits ------------------------------------------------------------------------------------------
