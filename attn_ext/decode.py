@@ -79,8 +79,8 @@ def attention_decode(
             those of the sequence alone.
         return_lse: also return the log-sum-exp of each row of scores.
         validate: on CUDA, wait for the device and look at cache_seqlens, block_table and the scales, as is
-            always done on the CPU. Without it the kernels bring lengths to what there is room for, and
-            neither read nor write where block_table names no page.
+            always done on the CPU (not in compiled functions). Without it the kernels bring lengths to what
+            there is room for, and neither read nor write where block_table names no page.
 
     Returns:
         out (B, Hq, Lq, Dv), of the dtype of query and in its memory order; with return_lse (out, lse), lse
@@ -102,7 +102,9 @@ def attention_decode(
         _check(*arguments)
         out, lse = _attend(*arguments)
         return (out, lse) if return_lse else out
-    if validate and query.is_cuda:
+    if not isinstance(validate, bool):
+        raise TypeError(f"validate must be a bool, got {type(validate).__name__}")
+    if validate and isinstance(query, Tensor) and query.is_cuda:
         _check(*arguments)
     try:
         out, lse = _attend(*arguments)

@@ -458,3 +458,5 @@ def test_validate_waits_only_where_it_must(monkeypatch: pytest.MonkeyPatch) -> N
         assert calls == []
         attention_decode(**valid(), validate=True)
     assert len(calls) == 1
+    with pytest.raises(TypeError, match="validate must be a bool, got int"):
+        attention_decode(**valid(), validate=1)
