@@ -11,6 +11,7 @@ from torch import Tensor
 from ._validation import (
     MAX_HEAD_DIM,
     _check_bool,
+    _check_cuda,
     _check_number,
     _check_per_head,
     _check_scale,
@@ -45,7 +46,7 @@ def check_attention_decode(
 ) -> None:
     _check_tensor("query", query, FLOAT_DTYPES, query)
     if query.device.type == "cuda":
-        raise NotImplementedError(f"attention_decode has no kernels for CUDA, and query is on {query.device}")
+        _check_cuda(query)
     if query.dim() != 4:
         raise ValueError(f"query must be (B, H, L, D), got shape {tuple(query.shape)}")
     batch, heads, _, head_dim = query.shape

@@ -358,15 +358,7 @@ class _AttentionBackward(_Function):
         return Inputs(query, key, value, options.bias, options.sinks, grad_out, grad_lse), options
 
 
-def _apply_attention(*args: Any) -> tuple[Tensor, ...]:
-    if args[0].is_cuda:
-        raise NotImplementedError(
-            "derivatives of attention are not implemented on CUDA: call it under torch.no_grad(), or with "
-            "tensors that do not require grad"
-        )
-    return _Attention.apply(*args)
-
-
+_apply_attention = _Attention.apply
 _apply_attention_backward = _AttentionBackward.apply
 
 

@@ -338,7 +338,7 @@ class PagedKVCache(_Cache):
         key_scale, value_scale: (P, Hkv), float32, factors of what is stored; None if not quantised.
         seqlens: (B,), int32, tokens of each sequence.
         block_table: (B, max_pages), int32, the pages of each sequence in the order of its tokens, and then
-            -1, where `attention_decode` refuses to write.
+            -1, where `attention_decode` does not write.
 
     Raises:
         TypeError: a size is not an int, or the dtype is none of those.

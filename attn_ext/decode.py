@@ -40,14 +40,15 @@ def attention_decode(
     scale: float | None = None,
     num_splits: int | None = None,
     return_lse: bool = False,
+    validate: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Appends new keys and values to a cache, in place, and attends to all of it, causally.
 
     flash-attn's `flash_attn_with_kvcache`, in the (B, H, L, D) layout. Each key is read once for all heads of
-    its group and all queries; keys are split over threads (flash-decoding, Dao et al., 2023), and the bits of
-    the result do not depend on how many there are. Of a sequence of n = cache_seqlens[b] + Lnew tokens, query
-    i is token n - Lq + i and attends to the tokens up to itself; what the cache holds beyond is never read.
-    Not differentiable.
+    its group and all queries; keys are split over threads, or blocks of a GPU (flash-decoding, Dao et al.,
+    2023), and the bits of the result do not depend on how many there are. Of a sequence of
+    n = cache_seqlens[b] + Lnew tokens, query i is token n - Lq + i and attends to the tokens up to itself;
+    what the cache holds beyond is never read. Not differentiable.
 
     Args:
         query: (B, Hq, Lq, D), float32, float64, float16 or bfloat16. Made for 1 to 16 queries a sequence.
@@ -74,9 +75,12 @@ def attention_decode(
             and no `right` shows a query what follows it.
         softcap, alibi_slopes, sinks, scale: as for `attention`. With a shared_prefix slopes are (Hq,).
         num_splits: into how many ranges, of 16 keys or more, those of each sequence are cut at most, which
-            decides how sums are rounded; None: ranges of a fixed length, so that the bits are those of the
-            sequence alone.
+            decides how sums are rounded; None: as the length of each sequence says, so that the bits are
+            those of the sequence alone.
         return_lse: also return the log-sum-exp of each row of scores.
+        validate: on CUDA, wait for the device and look at cache_seqlens, block_table and the scales, as is
+            always done on the CPU (not in compiled functions). Without it the kernels bring lengths to what
+            there is room for, and neither read nor write where block_table names no page.
 
     Returns:
         out (B, Hq, Lq, Dv), of the dtype of query and in its memory order; with return_lse (out, lse), lse
@@ -86,7 +90,7 @@ def attention_decode(
     Raises:
         TypeError: an argument has a wrong type or dtype.
         ValueError: shapes do not fit, devices differ, or a number is out of range, in cache_seqlens and
-            block_table too. Nothing has been read through them or written.
+            block_table too (on CUDA: with validate). Nothing has been read through them or written.
         NotImplementedError: an argument requires grad, and grad mode is on.
     """
     arguments = (
@@ -98,6 +102,10 @@ def attention_decode(
         _check(*arguments)
         out, lse = _attend(*arguments)
         return (out, lse) if return_lse else out
+    if not isinstance(validate, bool):
+        raise TypeError(f"validate must be a bool, got {type(validate).__name__}")
+    if validate and isinstance(query, Tensor) and query.is_cuda:
+        _check(*arguments)
     try:
         out, lse = _attend(*arguments)
     except Exception:
@@ -203,7 +211,7 @@ def _positions(cache_seqlens: Tensor, query_len: int, appended: int) -> Tensor:
 def _rotate(x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     """(B, H, L, D) with each token's first columns turned by the angles of its position, (B, L)."""
     dtype = torch.promote_types(x.dtype, torch.float32)
-    positions = positions.clamp_min(0)  # of queries that see nothing
+    positions = positions.clamp(0, max(cos.shape[0] - 1, 0))  # of queries that see nothing, wrong lengths
     cos, sin = (table[positions].unsqueeze(1).to(dtype) for table in (cos, sin))
     turned, rest = x.to(dtype).tensor_split((2 * cos.shape[-1],), dim=-1)
     a, b = (turned[..., ::2], turned[..., 1::2]) if interleaved else turned.chunk(2, dim=-1)

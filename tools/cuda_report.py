@@ -26,11 +26,14 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # The kernels of the lines, in their order: threads and bytes of shared memory.
 _SIZES_SOURCE = """
+#include "cuda/flash_decode.cuh"
 #include "cuda/flash_forward.cuh"
 using namespace attn_ext;
 using namespace attn_ext::cuda;
 #define FORWARD(name, ...) \\
   ForwardTraits<__VA_ARGS__>::kThreads, static_cast<int>(ForwardTraits<__VA_ARGS__>::kSharedBytes),
+#define DECODE(name, ...) \\
+  DecodeTraits<__VA_ARGS__>::kThreads, static_cast<int>(DecodeTraits<__VA_ARGS__>::kSharedBytes),
 extern "C" __device__ int sizes[] = {
 #include "core/variants.def"
 };

@@ -4,6 +4,7 @@
 
 #include "bindings/aligned_backward.h"
 #include "bindings/aligned_forward.h"
+#include "bindings/decode_launch.h"
 
 namespace attn_ext::bindings {
 namespace {
@@ -46,6 +47,14 @@ struct Cuda {
       cuda::backward(aligned, workspace.data(), {.device = device, .handle = current_stream(index)});
     });
   }
+  static void run_decode(DecodeInputs& inputs, DeviceDecodeParams& params, DecodeResults&) {
+    const int32_t index = inputs.device.index;
+    const torch::stable::accelerator::DeviceGuard guard(index);
+    const cuda::Device device = cuda::device(index);
+    run_planned(inputs, params, device, [&](const DeviceDecodeParams& planned, const DecodeWorkspace&) {
+      cuda::decode(planned, {.device = device, .handle = current_stream(index)});
+    });
+  }
 };
 
 }  // namespace
@@ -54,4 +63,5 @@ struct Cuda {
 STABLE_TORCH_LIBRARY_IMPL(attn_ext, CUDA, library) {
   attn_ext::bindings::implement_forward<attn_ext::bindings::Cuda>(library);
   attn_ext::bindings::implement_backward<attn_ext::bindings::Cuda>(library);
+  library.impl("attention_decode", attn_ext::bindings::attention_decode<attn_ext::bindings::Cuda>);
 }

@@ -4,6 +4,7 @@
 
 #include "bindings/aligned_backward.h"
 #include "bindings/aligned_forward.h"
+#include "bindings/decode_launch.h"
 #include "bindings/launch_memory.h"
 #include "cuda/variant.h"
 
@@ -16,7 +17,7 @@ const char* attn_ext_emulation_report();
 namespace attn_ext::bindings {
 namespace {
 
-enum Access : int { kReadOnly = 0, kUndefined = 2 };
+enum Access : int { kReadOnly = 0, kReadWrite = 1, kUndefined = 2 };
 
 cuda::Device emulated_device;
 const cuda::ForwardVariant* forced_variant = nullptr;  // null: the selector's choice
@@ -37,6 +38,16 @@ struct Emulated {
     run_aligned(inputs, params, tensors, emulated_device, [&](const BackwardParams& aligned, const BackwardTensors& to, const Tensor& workspace) {
       for_launch_memory(inputs, to, workspace, register_memory);
       cuda::backward(aligned, workspace.data(), {.device = emulated_device});
+      finish();
+    });
+  }
+  static void run_decode(DecodeInputs& inputs, DeviceDecodeParams& params, DecodeResults& results) {
+    run_planned(inputs, params, emulated_device, [&](const DeviceDecodeParams& planned, const DecodeWorkspace& workspace) {
+      for_decode_memory(inputs, planned, results, workspace, [](void* address, int64_t bytes, MemoryUse use) {
+        const Access access = use == MemoryUse::read ? kReadOnly : use == MemoryUse::written ? kReadWrite : kUndefined;
+        attn_ext_emulation_register_memory(address, static_cast<size_t>(bytes), access);
+      });
+      cuda::decode(planned, {.device = emulated_device});
       finish();
     });
   }
@@ -77,9 +88,11 @@ STABLE_TORCH_LIBRARY(attn_ext_emulated, library) {
   library.def(attn_ext::bindings::kAttentionForward);
   library.def(attn_ext::bindings::kAttentionOutput);
   library.def(attn_ext::bindings::kAttentionBackward);
+  library.def(attn_ext::bindings::kAttentionDecode);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(attn_ext_emulated, CPU, library) {
   attn_ext::bindings::implement_forward<attn_ext::bindings::Emulated>(library);
   attn_ext::bindings::implement_backward<attn_ext::bindings::Emulated>(library);
+  library.impl("attention_decode", attn_ext::bindings::attention_decode<attn_ext::bindings::Emulated>);
 }

@@ -24,6 +24,12 @@ constexpr const char* kAttentionBackward =
     ", bool wants_grad_bias, bool wants_grad_sinks) -> "
     "(Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_bias, Tensor grad_sinks)";
 
+constexpr const char* kAttentionDecode =
+    "attention_decode(Tensor query, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor cache_seqlens, "
+    "Tensor? block_table, Tensor? new_key, Tensor? new_value, Tensor? rotary_cos, Tensor? rotary_sin, Tensor? key_scale, "
+    "Tensor? value_scale, Tensor? alibi_slopes, Tensor? sinks, float scale, float softcap, bool rotary_interleaved, "
+    "SymInt? window_left, SymInt? num_splits) -> (Tensor out, Tensor lse)";
+
 constexpr const char* kDropoutMask =
     "dropout_mask(Tensor dropout_seed, float dropout_p, SymInt batch, SymInt heads, SymInt query_begin, "
     "SymInt query_end, SymInt kv_len) -> Tensor";

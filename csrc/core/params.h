@@ -188,4 +188,33 @@ struct DecodeParams {
   }
 };
 
+// Numbers of a tensor of int32 or int64.
+struct IntegerView {
+  const void* data = nullptr;
+  int64_t stride_row = 0, stride_column = 0;
+  bool wide = true;  // int64
+
+  ATTN_HD int64_t at(int64_t row, int64_t column = 0) const {
+    const int64_t offset = row * stride_row + column * stride_column;
+    return wide ? static_cast<const int64_t*>(data)[offset] : static_cast<const int32_t*>(data)[offset];
+  }
+};
+
+// Where the host does not read lengths and pages, the kernels do, in place of `lengths` and `pages`; whatever is there.
+struct DeviceDecodeParams : DecodeParams {
+  IntegerView given_lengths;  // (batch): brought to 0 .. room
+  int64_t room = 0;           // what fits the cache and the rows of rotary.cos, less what is appended; >= 0
+  IntegerView table;          // (batch, pages_per_sequence): pages that are not there hold nothing; null: sequence b is page b
+  int64_t page_count = 0;     // of which pages from 2^31 on cannot be named
+
+  // Set by plan() of cuda/decode_plan.h.
+  float score_factor = 1, score_cap = 0;  // scores, in units of log2, are factor * q.k or cap * tanh(factor * q.k)
+  // What the ranges of keys leave: of each row and range the output, and m and l of its softmax.
+  int64_t ranges = 0;             // of a row there is room for
+  int64_t blocks = 0;             // that share the ranges of a row
+  float* partial_out = nullptr;   // [batch][heads][query_len][ranges][partial_columns]
+  int64_t partial_columns = 0;    // value_dim, rounded up to 4
+  float* partial_state = nullptr;  // [batch][heads][query_len][ranges][2]
+};
+
 }  // namespace attn_ext

@@ -33,4 +33,10 @@ int64_t backward_workspace(const BackwardParams& params, const Device& device);
 void forward(const ForwardParams& params, const Stream& stream);
 void backward(const BackwardParams& params, void* workspace, const Stream& stream);
 
+// The same of a step of decoding.
+const char* unsupported(const DecodeParams& params, const Device& device);
+
+// The append, the ranges of keys, and their merge: of params that plan() of cuda/decode_plan.h has completed.
+void decode(const DeviceDecodeParams& params, const Stream& stream);
+
 }  // namespace attn_ext::cuda

@@ -43,4 +43,18 @@ void prepare_rows(const BackwardArguments& arguments, const Stream& stream);
 void add_sink_gradients(const BackwardArguments& arguments, const Stream& stream);
 void add_bias_splits(const BackwardArguments& arguments, const Stream& stream);
 
+struct DecodeVariant {
+  const char* name;
+  DType dtype;
+  int columns, shared_bytes;
+  bool quantised;
+  void (*launch)(const DeviceDecodeParams&, const Stream&, const DecodeVariant&);
+};
+
+std::span<const DecodeVariant* const> decode_variants();
+
+// What goes before and after them.
+void append(const DeviceDecodeParams& params, const Stream& stream);
+void merge_ranges(const DeviceDecodeParams& params, const Stream& stream);
+
 }  // namespace attn_ext::cuda

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-from operators import build_arguments, attention_by
+from operators import attention_by, build_arguments, decode_by
 from programs import ROOT
 
 from tools import cuda_build, emulation
@@ -65,5 +65,5 @@ def emulated(
     if not running.library.attn_ext_emulated_force(kernel):
         raise ValueError(f"no kernel {variant!r} in csrc/core/variants.def")
     running.start(seed=seed, access_sites=access_sites)
-    with attention_by("attn_ext_emulated"):
+    with attention_by("attn_ext_emulated"), decode_by("attn_ext_emulated"):
         yield running

@@ -10,7 +10,7 @@ from unittest import mock
 import torch
 from torch.utils import cpp_extension
 
-from attn_ext import _ops
+from attn_ext import _ops, decode
 
 
 def build_arguments() -> dict[str, list[str]]:
@@ -37,4 +37,12 @@ def attention_by(namespace: str) -> Iterator[None]:
         _output_handle=replaced["attention_output"]._handle,
         **replaced,
     ):
+        yield
+
+
+@contextmanager
+def decode_by(namespace: str) -> Iterator[None]:
+    """`attention_decode` calls the operator of `torch.ops.<namespace>`."""
+    operator = getattr(torch.ops, namespace).attention_decode.default
+    with mock.patch.multiple(decode, _decode=operator, _decode_handle=operator._handle):
         yield

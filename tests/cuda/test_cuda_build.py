@@ -233,6 +233,8 @@ def is_registered(name):
 
 x = torch.randn(1, 2, 5, 8)
 options = attn_ext._ops.Options()
+lengths = torch.zeros(1, dtype=torch.int32)
+no_tensors = (None,) * 9
 names = "attention_forward", "attention_output", "attention_backward", "attention_decode"
 print(json.dumps({
     "file": attn_ext.__file__,
@@ -241,6 +243,7 @@ print(json.dumps({
     "text": attn_ext.info.to_text(attn_ext.info.collect()),
     "forward": on_cuda("attention_forward", x, x, x, *options),
     "output": on_cuda("attention_output", x, x, x, None, None, None, 1.0, None, None),
+    "decode": on_cuda("attention_decode", x, x, x, lengths, *no_tensors, 1.0, 0.0, False, None, None),
 }))
 """
 
@@ -269,10 +272,10 @@ def test_the_kernels_of_the_cpu_still_work(report: dict[str, Any]) -> None:
 
 
 def test_what_there_is_for_cuda_is_registered(report: dict[str, Any]) -> None:
-    assert report["registered"] == ["attention_forward", "attention_output"]
+    assert report["registered"] == ["attention_forward", "attention_output", "attention_decode"]
 
 
-@pytest.mark.parametrize("operator", ["forward", "output"])
+@pytest.mark.parametrize("operator", ["forward", "output", "decode"])
 def test_tensors_of_the_cpu_are_refused(report: dict[str, Any], operator: str) -> None:
     kind, message = report[operator]
     assert kind == "RuntimeError"

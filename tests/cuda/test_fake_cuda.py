@@ -84,11 +84,23 @@ def test_tensors_of_another_device_are_refused() -> None:
         check_attention(query, key, value, sinks=torch.empty(4))
 
 
-def test_decoding_is_refused() -> None:
-    query, key, value = inputs()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_decoding(dtype: torch.dtype) -> None:
+    query, key, value = inputs(dtype)
     lengths = torch.empty(2, dtype=torch.int32, device="cuda")
-    with pytest.raises(NotImplementedError, match="attention_decode has no kernels for CUDA"):
+    out, lse = attn_ext.attention_decode(query, key, value, lengths, window=(0, 0), return_lse=True)
+    assert (out.shape, out.stride(), out.device) == (query.shape, query.stride(), query.device)
+    assert (lse.shape, lse.dtype, lse.device) == (query.shape[:3], torch.float32, query.device)
+
+
+@pytest.mark.usefixtures("with_cuda")
+def test_decoding_that_is_refused() -> None:
+    query, key, value = inputs(torch.float64)
+    lengths = torch.empty(2, dtype=torch.int32, device="cuda")
+    with pytest.raises(NotImplementedError, match=r"query must be .* on CUDA, got torch\.float64"):
         attn_ext.attention_decode(query, key, value, lengths, window=(0, -1))
+    with pytest.raises(ValueError, match="cache_seqlens must be on the device of query, cuda:0, got cpu"):
+        attn_ext.attention_decode(*inputs(), torch.empty(2, dtype=torch.int32))
 
 
 def test_lengths_of_packed_sequences_are_not_waited_for() -> None:

@@ -253,8 +253,9 @@ def test_what_is_not_supported() -> None:
         attn_ext.attention(inputs[0].clone().requires_grad_(), *inputs[1:])
     with pytest.raises(NotImplementedError, match=r"bias must be .* on CUDA, got float64"):
         attn_ext.attention(*inputs, bias=torch.zeros(8, dtype=torch.float64, device=DEVICE))
-    with pytest.raises(NotImplementedError, match="attention_decode has no kernels for CUDA"):
-        attn_ext.attention_decode(*inputs, torch.zeros(1, dtype=torch.int32, device=DEVICE))
+    lengths = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+    with pytest.raises(NotImplementedError, match="query must be float32, float16 or bfloat16 on CUDA"):
+        attn_ext.attention_decode(*(tensor.double() for tensor in inputs), lengths)
 
 
 def test_tensors_of_another_device_are_refused() -> None:
