@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(F::kThreads, 1) flash_key_gradient(const __gri
   const AttentionShape& shape = p.shape;
 
   // Under a causal mask the first keys are seen most: they start first.
-  const OwnTile own = OwnTile::of_block(shape.kv_len, N, shape.kv_heads);
+  const BlockTile own = BlockTile::of_block(shape.kv_len, N, shape.kv_heads);
   const int group = static_cast<int>(shape.heads / shape.kv_heads), head0 = own.head * group;
   const int row0 = threadIdx.x / 32 * 16 * MI;
 
@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(F::kThreads, 1) flash_key_gradient(const __gri
     ValueGuard<typename F::GradOut, Math, decltype(grad_copy), MI> grad_guard(grad_copy, shared + grad_at);
     bool finite = true;
     if (kIsPartial || (F::kModified && p.dropout.enabled())) {
-      const OwnTile at = walk.own();
+      const BlockTile at = walk.own();
       bits.template write<kIsPartial, F::kModified>(p, at.batch, walk.at(turn).head, anew(query0), at.tile * N);
       if constexpr (kIsPartial) finite = !__syncthreads_or(!query_guard.finite() || !grad_guard.finite());
       else __syncthreads();
@@ -215,7 +215,7 @@ __global__ void __launch_bounds__(F::kThreads, 1) flash_key_gradient(const __gri
   cp_async_wait<0>();
   __syncthreads();
 
-  const OwnTile of = walk.own();
+  const BlockTile of = walk.own();
   const auto store = [&](auto& gradient, float by, unsigned char* staging, const TensorView& to, auto staged, int64_t columns) {
     for_elements<MI, sizeof(gradient[0]) / sizeof(gradient[0][0])>([&](int mi, int h, int j, int e) { gradient[mi][j][2 * h + e] *= by; });
     store_rows<Math, decltype(staged)>(gradient, staging, row0, head_of<T>(to, of.batch, of.head) + of.tile * N * to.stride_row, to.stride_row,

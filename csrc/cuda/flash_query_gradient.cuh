@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(F::kThreads, 1) flash_query_gradient(const __g
 
   // Under a causal mask the last queries have the most to do: they start first.
   const int heads = static_cast<int>(shape.heads);
-  OwnTile own = OwnTile::of_block(shape.query_len, M, heads);
+  BlockTile own = BlockTile::of_block(shape.query_len, M, heads);
   own.tile = (static_cast<int>(shape.query_len) - 1) / M - own.tile;
   const int kv_head = own.head / (heads / static_cast<int>(shape.kv_heads));
   const int row0 = threadIdx.x / 32 * 16 * MI, query0 = own.tile * M;
@@ -123,7 +123,7 @@ __global__ void __launch_bounds__(F::kThreads, 1) flash_query_gradient(const __g
     const uint32_t stage = F::kStages == 1 ? 0 : turn % 2;
     if constexpr (F::kStages == 2) fetch(turn + 1, 1 - stage);
     walk.template find<0>(turn + 2, a.of_queries, a.rows);
-    const OwnTile at = walk.own();
+    const BlockTile at = walk.own();
     const int key0 = walk.at(turn).tile() * N, own0 = at.tile * M + row0;
     const ScoreTerms<Place> terms(p, a.factors, at.batch, at.head, own0);
     const uint32_t key_at = F::kFirstStage + stage * F::kStageBytes + F::kKeyTile, value_at = key_at + F::kValueTile;
@@ -184,7 +184,7 @@ __global__ void __launch_bounds__(F::kThreads, 1) flash_query_gradient(const __g
 
   for_elements<MI, kKeyColumns / 8>([&](int mi, int h, int j, int e) { dq[mi][j][2 * h + e] *= a.scale; });
   __syncthreads();  // all copies have arrived, and no warp reads them
-  const OwnTile of = walk.own();
+  const BlockTile of = walk.own();
   const int first = of.tile * M;
   store_rows<Math, typename F::Query>(dq, shared + F::kQueryTile, row0,
                                       head_of<T>(p.grad_query, of.batch, of.head) + first * p.grad_query.stride_row,

@@ -51,12 +51,12 @@ class TileWalk {
   int64_t head_row_;                  // in RowTerms
   int head_, nth_head_, heads_left_;
   int chunk_;                         // of 32 tiles
-  OwnTile own_;
+  BlockTile own_;
   uint32_t meet_, partial_;           // a bit for each that is left of the chunk
 
  public:
   // Over `heads` query heads, of the `heads_of_batch` that a batch element has.
-  DEVICE void start(const Meetings& meetings, int64_t padded_rows, const OwnTile& own, int heads_of_batch, int first_head, int heads) {
+  DEVICE void start(const Meetings& meetings, int64_t padded_rows, const BlockTile& own, int heads_of_batch, int first_head, int heads) {
     if (threadIdx.x == 0) {
       own_ = own;
       const int batch = own.batch, row = own.tile;
@@ -102,7 +102,7 @@ class TileWalk {
     }
     __syncwarp();
   }
-  DEVICE OwnTile own() const { return own_; }
+  DEVICE BlockTile own() const { return own_; }
   DEVICE const MetTile& at(uint32_t turn) const { return found_[turn % kSlots]; }
 };
 

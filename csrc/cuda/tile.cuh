@@ -118,10 +118,10 @@ DEVICE auto head_of(const View& view, int batch, int head) {
 }
 
 // Which tile of which head a block owns: neighbouring blocks have neighbouring tiles.
-struct OwnTile {
+struct BlockTile {
   int tile, head, batch;
 
-  DEVICE static OwnTile of_block(int64_t length, int rows, int64_t heads) {
+  DEVICE static BlockTile of_block(int64_t length, int rows, int64_t heads) {
     const int block = blockIdx.x, tiles = (static_cast<int>(length) + rows - 1) / rows, head = block / tiles;
     return {block % tiles, head % static_cast<int>(heads), head / static_cast<int>(heads)};
   }
