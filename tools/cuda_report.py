@@ -26,14 +26,21 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # The kernels of the lines, in their order: threads and bytes of shared memory.
 _SIZES_SOURCE = """
+#include "cuda/flash_bias_gradient.cuh"
 #include "cuda/flash_decode.cuh"
 #include "cuda/flash_forward.cuh"
+#include "cuda/flash_key_gradient.cuh"
+#include "cuda/flash_query_gradient.cuh"
 using namespace attn_ext;
 using namespace attn_ext::cuda;
-#define FORWARD(name, ...) \\
-  ForwardTraits<__VA_ARGS__>::kThreads, static_cast<int>(ForwardTraits<__VA_ARGS__>::kSharedBytes),
-#define DECODE(name, ...) \\
-  DecodeTraits<__VA_ARGS__>::kThreads, static_cast<int>(DecodeTraits<__VA_ARGS__>::kSharedBytes),
+template <class Traits>
+constexpr int kSharedOf = Traits::kSharedBytes;
+#define FORWARD(name, ...) ForwardTraits<__VA_ARGS__>::kThreads, kSharedOf<ForwardTraits<__VA_ARGS__>>,
+#define KEY_GRADIENT(name, ...) KeyGradientTraits<__VA_ARGS__>::kThreads, kSharedOf<KeyGradientTraits<__VA_ARGS__>>,
+#define QUERY_GRADIENT(name, ...) \\
+  QueryGradientTraits<__VA_ARGS__>::kThreads, kSharedOf<QueryGradientTraits<__VA_ARGS__>>,
+#define BIAS_GRADIENT(name, ...) BiasGradientTraits<__VA_ARGS__>::kThreads, kSharedOf<BiasGradientTraits<__VA_ARGS__>>,
+#define DECODE(name, ...) DecodeTraits<__VA_ARGS__>::kThreads, kSharedOf<DecodeTraits<__VA_ARGS__>>,
 extern "C" __device__ int sizes[] = {
 #include "core/variants.def"
 };

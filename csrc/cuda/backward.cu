@@ -171,8 +171,8 @@ void backward(const BackwardParams& p, void* workspace, const Stream& stream) {
   const bool has_queries = shape.batch && shape.heads && shape.query_len, has_keys = shape.batch && shape.kv_heads && shape.kv_len;
   if (has_queries) prepare_rows(a, stream);
   if (has_queries && has_keys) {
-    plan.of_keys->launch(a, stream);
-    plan.of_queries->launch(a, stream);
+    plan.of_keys->launch(a, stream, *plan.of_keys);
+    plan.of_queries->launch(a, stream, *plan.of_queries);
   }
   if (has_keys) plan.key->launch(a, plan.key_blocks(p), stream, *plan.key);
   if (has_keys && plan.value) plan.value->launch(a, plan.key_blocks(p), stream, *plan.value);

@@ -35,22 +35,28 @@ __global__ void __launch_bounds__(kSumThreads) add_splits(const __grid_constant_
 }
 
 template <int M, int N, bool kOfKeys>
-constexpr MeetingsVariant kFinds = {M, N, kOfKeys, [](const BackwardArguments& a, const Stream& stream) {
-  const Meetings& meetings = kOfKeys ? a.of_keys : a.of_queries;
-  const int64_t tiles = static_cast<int64_t>(meetings.batch) * meetings.heads * (kOfKeys ? meetings.columns : meetings.rows);
-  launch<find_meetings<M, N, kOfKeys>>(kOfKeys ? "find_meetings_of_keys" : "find_meetings_of_queries",
-                                       (tiles + kMeetingWarps - 1) / kMeetingWarps, kMeetingWarps * 32, 0, stream, a);
-}};
+constexpr MeetingsVariant finds(const char* name) {
+  return {name, M, N, kOfKeys, [](const BackwardArguments& a, const Stream& stream, const MeetingsVariant& variant) {
+            const Meetings& meetings = kOfKeys ? a.of_keys : a.of_queries;
+            const int64_t tiles = static_cast<int64_t>(meetings.batch) * meetings.heads * (kOfKeys ? meetings.columns : meetings.rows);
+            launch<find_meetings<M, N, kOfKeys>>(variant.name, (tiles + kMeetingWarps - 1) / kMeetingWarps, kMeetingWarps * 32, 0,
+                                                 stream, a);
+          }};
+}
+#define OF_KEYS(M, N) finds<M, N, true>("find_meetings_of_keys_" #M "x" #N)
+#define OF_QUERIES(M, N) finds<M, N, false>("find_meetings_of_queries_" #M "x" #N)
 // For the tiles of core/variants.def.
-constexpr const MeetingsVariant* kMeetingsVariants[] = {
-    &kFinds<64, 64, true>,  &kFinds<32, 64, true>,  &kFinds<16, 64, true>,  &kFinds<16, 32, true>, &kFinds<64, 64, false>,
-    &kFinds<128, 32, false>, &kFinds<64, 32, false>, &kFinds<64, 16, false>, &kFinds<32, 16, false>};
+constexpr MeetingsVariant kMeetingsVariants[] = {OF_KEYS(64, 64),     OF_KEYS(32, 64),      OF_KEYS(16, 64),
+                                                 OF_KEYS(16, 32),     OF_QUERIES(64, 64),   OF_QUERIES(128, 32),
+                                                 OF_QUERIES(64, 32),  OF_QUERIES(64, 16),   OF_QUERIES(32, 16)};
+#undef OF_KEYS
+#undef OF_QUERIES
 
 }  // namespace
 
 const MeetingsVariant* meetings_variant(const BackwardVariant& of, bool of_keys) {
-  for (const MeetingsVariant* variant : kMeetingsVariants)
-    if (variant->queries == of.queries && variant->keys == of.keys && variant->of_keys == of_keys) return variant;
+  for (const MeetingsVariant& variant : kMeetingsVariants)
+    if (variant.queries == of.queries && variant.keys == of.keys && variant.of_keys == of_keys) return &variant;
   return nullptr;
 }
 

@@ -118,7 +118,7 @@ DEVICE auto head_of(const View& view, int batch, int head) {
 }
 
 // Which tile of which head a block owns: neighbouring blocks have neighbouring tiles.
-struct BlockTile {
+struct alignas(16) BlockTile {  // one load
   int tile, head, batch;
 
   DEVICE static BlockTile of_block(int64_t length, int rows, int64_t heads) {

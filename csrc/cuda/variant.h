@@ -26,9 +26,10 @@ struct BackwardVariant {
 };
 // Tells tiles of queries and keys which of them meet.
 struct MeetingsVariant {
+  const char* name;
   int queries, keys;
   bool of_keys;  // or of queries
-  void (*launch)(const BackwardArguments&, const Stream&);
+  void (*launch)(const BackwardArguments&, const Stream&, const MeetingsVariant&);
 };
 
 // Those of core/variants.def.

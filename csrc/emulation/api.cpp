@@ -2,6 +2,7 @@
 #include <string>
 
 #include "emulation/emulator.h"
+#include "emulation/global_memory.h"
 #include "emulation/report.h"
 #include "emulation/scheduler.h"
 #include "emulation/statistics.h"
@@ -18,6 +19,10 @@ void attn_ext_emulation_register_memory(const void* pointer, size_t bytes, int a
   register_memory(pointer, bytes, static_cast<Access>(access));
 }
 void attn_ext_emulation_forget_memory() { forget_memory(); }
+
+int attn_ext_emulation_memory(size_t index, uintptr_t* start, size_t* bytes) { return memory_range(index, start, bytes); }
+// From now on; null: the emulator.
+void attn_ext_emulation_launch_by(Launcher function) { launcher = function; }
 
 const char* attn_ext_emulation_report() {  // valid until the next call
   static std::string text;

@@ -207,4 +207,11 @@ void register_memory(const void* pointer, size_t bytes, Access access) {
 
 void forget_memory() { ranges.clear(); }
 
+bool memory_range(size_t index, uintptr_t* start, size_t* bytes) {
+  if (index >= ranges.size()) return false;
+  *start = ranges[index].start;
+  *bytes = ranges[index].bytes();
+  return true;
+}
+
 }  // namespace attn_ext::emulation

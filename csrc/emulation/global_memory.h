@@ -18,6 +18,9 @@ void global_read(uintptr_t address, int bytes, Site site);
 void global_write(uintptr_t address, int bytes, Site site);
 void global_atomic(uintptr_t address, int bytes, Site site);
 
+// The ranges, one by one; false: there are not so many.
+bool memory_range(size_t index, uintptr_t* start, size_t* bytes);
+
 bool is_parameter(const void* p, size_t bytes);
 void start_global_memory(const void* parameters, size_t bytes);  // of a launch
 

@@ -284,6 +284,8 @@ uint3 block_index() { return block.index; }
 dim3 block_dim() { return block.dim; }
 dim3 grid_dim() { return block.grid; }
 
+Launcher launcher = nullptr;
+
 int launch(const char* name, dim3 grid, dim3 dim, size_t smem, void (*run)(const void*), const void* body,
            size_t bytes) {
   static std::mutex one_at_a_time;
@@ -292,6 +294,13 @@ int launch(const char* name, dim3 grid, dim3 dim, size_t smem, void (*run)(const
   if (!blocks || !threads || threads > kMaxThreads || grid.y > 65535 || grid.z > 65535 || smem > kMaxDynamicBytes) {
     report("launch", 0, "%s: a grid of (%u,%u,%u) blocks of (%u,%u,%u) threads with %zu bytes of shared memory", name,
            grid.x, grid.y, grid.z, dim.x, dim.y, dim.z, smem);
+    return report_count();
+  }
+  if (launcher) {
+    if (!launcher(name, static_cast<int64_t>(blocks), static_cast<int64_t>(threads), static_cast<int64_t>(smem), body,
+                  static_cast<int64_t>(bytes))) {
+      report("launch", 0, "%s did not run", name);
+    }
     return report_count();
   }
   kernel = {run, body};

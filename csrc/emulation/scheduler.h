@@ -18,6 +18,11 @@ struct Configuration {
 };
 extern Configuration configuration;
 
+// What runs the kernels instead of the emulator, if anything: with the name, blocks, threads, dynamic shared memory, and the
+// arguments, which lie in `bytes` bytes.  Returns whether it did.
+using Launcher = bool (*)(const char* name, int64_t blocks, int64_t threads, int64_t smem, const void* arguments, int64_t bytes);
+extern Launcher launcher;
+
 // The current thread waits, until another makes its lane ready.
 void wait(State state, Site site);
 // It could go on, but other warps may run first.
