@@ -33,14 +33,12 @@ _SIZES_SOURCE = """
 #include "cuda/flash_query_gradient.cuh"
 using namespace attn_ext;
 using namespace attn_ext::cuda;
-template <class Traits>
-constexpr int kSharedOf = Traits::kSharedBytes;
-#define FORWARD(name, ...) ForwardTraits<__VA_ARGS__>::kThreads, kSharedOf<ForwardTraits<__VA_ARGS__>>,
-#define KEY_GRADIENT(name, ...) KeyGradientTraits<__VA_ARGS__>::kThreads, kSharedOf<KeyGradientTraits<__VA_ARGS__>>,
-#define QUERY_GRADIENT(name, ...) \\
-  QueryGradientTraits<__VA_ARGS__>::kThreads, kSharedOf<QueryGradientTraits<__VA_ARGS__>>,
-#define BIAS_GRADIENT(name, ...) BiasGradientTraits<__VA_ARGS__>::kThreads, kSharedOf<BiasGradientTraits<__VA_ARGS__>>,
-#define DECODE(name, ...) DecodeTraits<__VA_ARGS__>::kThreads, kSharedOf<DecodeTraits<__VA_ARGS__>>,
+#define SIZES(Traits, ...) Traits<__VA_ARGS__>::kThreads, static_cast<int>(Traits<__VA_ARGS__>::kSharedBytes),
+#define FORWARD(name, ...) SIZES(ForwardTraits, __VA_ARGS__)
+#define KEY_GRADIENT(name, ...) SIZES(KeyGradientTraits, __VA_ARGS__)
+#define QUERY_GRADIENT(name, ...) SIZES(QueryGradientTraits, __VA_ARGS__)
+#define BIAS_GRADIENT(name, ...) SIZES(BiasGradientTraits, __VA_ARGS__)
+#define DECODE(name, ...) SIZES(DecodeTraits, __VA_ARGS__)
 extern "C" __device__ int sizes[] = {
 #include "core/variants.def"
 };
@@ -66,6 +64,7 @@ class Kernel(NamedTuple):
     shared: int
     resources: sass_stats.Resources
     loop: Counter[str]
+    turn: int | None = None
 
     def row(self) -> str:
         """A line of the table of its architecture."""
@@ -78,16 +77,28 @@ class Kernel(NamedTuple):
             f"{sizes[-1] / 1024:g}",
             f"{resident_blocks(*sizes)} ({occupancy(*sizes):.0%})",
             self.loop.total() - self.loop["padding"] if self.loop else "",
+            "" if self.turn is None else self.turn,
             *(sum(self.loop[kind] for kind in kinds) if self.loop else "" for kinds in _COLUMNS.values()),
         ]
         return f"| {' | '.join(map(str, cells))} |"
 
 
-def main_loop(instructions: list[sass_stats.SassInstruction]) -> Counter[str]:
-    """What a turn of the loop without checks executes at most: of the tensor-core loops the shortest."""
-    loops = [loop.counts for loop in sass_stats.tensor_core_loops(instructions)]
-    most = max((counts["HMMA"] for counts in loops), default=0)
-    return min((c for c in loops if c["HMMA"] == most), key=Counter.total, default=Counter())
+def main_loop(instructions: list[sass_stats.SassInstruction]) -> tuple[Counter[str], int | None]:
+    """The loop over tiles that no mask cuts: what is in it, and what a usual turn executes.
+
+    Of the loops with tensor-core instructions and copies, or with the former if none has both, those with
+    most of them; of these the shortest.
+    """
+    products = sass_stats.tensor_core_loops(instructions)
+    loops = sass_stats.tensor_core_loops(instructions, "LDGSTS") or products
+    if not loops:
+        return Counter(), None
+    most = max(loop.counts["HMMA"] for loop in loops)
+    loop = min((loop for loop in loops if loop.counts["HMMA"] == most), key=lambda loop: loop.counts.total())
+    if any(inner.within(loop) for inner in products):
+        return loop.counts, None
+    turns = loop.turns()
+    return loop.counts, turns[max(turns)]
 
 
 def report(kernels: Iterable[Kernel]) -> str:
@@ -103,6 +114,7 @@ def report(kernels: Iterable[Kernel]) -> str:
         "shared KiB",
         "blocks (occupancy)",
         "loop",
+        "turn",
         *_COLUMNS,
     ]
     header = f"| {' | '.join(titles)} |\n|{' --- |' * len(titles)}"
@@ -116,8 +128,10 @@ Compiled, not run: `python -m tools.cuda_report`.  A row is a line of csrc/core/
 
 - *spilled*: bytes of registers that a thread stores to and loads from local memory.
 - *blocks*: how many fit a multiprocessor at a time, by registers, shared memory and threads.
-- *loop*: machine instructions of the loop over tiles of keys that no mask cuts, its rare branches included; a
-  turn is a tile.  Then how many of them are of which kind.
+- *loop*: machine instructions of the loop over tiles that no mask cuts, its rare branches and the loops
+  inside it included.
+- *turn*: how many of them a warp executes for a tile that it copies whole, without rare branches; unknown
+  where the loop has loops inside.  Then how many instructions of the loop are of which kind.
 
 The same of others, compiled by nvcc 13.0, where head_dim is 128 unless it is named:
 
@@ -128,9 +142,13 @@ The same of others, compiled by nvcc 13.0, where head_dim is 128 unless it is na
 | FlashAttention-2, sm_80, causal, 64 | 128 x 128 | 255 | 576 | 1167 | 256 | 72 |
 | FlashAttention-3, sm_90a | | 168 | 24 | 599 | 16-19 (wgmma) | |
 
-Of the 575 instructions of `forward_bf16_128` on sm_80, 409 are executed in a usual turn: others raise the
-maximum of a row, or are for scores beyond 2^24, which FlashAttention does not tell apart.  Of the 555 of
-`forward_bf16_128_long`, 390 are.
+The rest of a loop is for what happens seldom: a row's maximum that grows, scores beyond 2^24 or normalizers
+beyond 2^10, which FlashAttention does not tell apart, and copies that are clipped.
+
+FlashAttention-2's backward pass, sm_80, 128, causal, queries x keys 64 x 128, 8 warps: 255 registers, 152
+bytes spilled, 977 instructions, of them 32 atomic additions to dQ: 4552 executed by all warps for 64 x 64
+pairs.  Here that is four warps' turns of `key_gradient_bf16_128` and of `query_gradient_bf16_128`, whose
+tile has as many pairs, and no atomics.
 """
 
 
@@ -178,7 +196,9 @@ def _compile(source: Path, flags: list[str], threads: int, shared: int) -> list[
     log = _run(cuda_toolkit.nvcc(), *flags, "-Xptxas", "-v", "-c", source, "-o", output)
     resources = sass_stats.parse_ptxas_log(log)
     return [
-        Kernel(source.stem, arch.removeprefix("sm_"), threads, shared, resources[arch, name], main_loop(code))
+        Kernel(
+            source.stem, arch.removeprefix("sm_"), threads, shared, resources[arch, name], *main_loop(code)
+        )
         for (arch, name), code in sass_stats.disassemble(output).items()
     ]
 

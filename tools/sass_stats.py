@@ -101,7 +101,8 @@ class Loop:
     def turns(self) -> dict[int, int]:
         """The fewest instructions of a way around the loop, by the number of cp.async on it.
 
-        A way that copies a whole tile and takes no rare branch is what a usual turn executes.
+        A way that copies a whole tile and takes no rare branch is what a usual turn executes, if there is no
+        loop inside.
         """
         blocks = _basic_blocks(list(self.instructions))
         starts = {block[0].address: number for number, block in enumerate(blocks)}
@@ -168,9 +169,10 @@ def count(instructions: Iterable[SassInstruction]) -> Counter[str]:
     return Counter(instruction.kind for instruction in instructions)
 
 
-def tensor_core_loops(instructions: list[SassInstruction]) -> list[Loop]:
-    """The innermost loops that hold tensor-core instructions."""
-    holding = [loop for loop in natural_loops(instructions) if loop.counts["HMMA"]]
+def tensor_core_loops(instructions: list[SassInstruction], *also: str) -> list[Loop]:
+    """The innermost loops that hold tensor-core instructions, and those of the classes `also`."""
+    wanted = "HMMA", *also
+    holding = [loop for loop in natural_loops(instructions) if all(loop.counts[kind] for kind in wanted)]
     return [loop for loop in holding if not any(other.within(loop) for other in holding)]
 
 

@@ -47,29 +47,39 @@ def code(*opcodes: str, start: int) -> list[SassInstruction]:
 
 def test_main_loop_is_the_one_without_checks() -> None:
     checked = code("HMMA.16816.F32", "ISETP.GT", "FSEL", "MUFU.EX2", start=0)
-    whole = code("HMMA.16816.F32", "MUFU.EX2", start=0x100)
+    whole = code("HMMA.16816.F32", "MUFU.EX2", start=0x50)
     single = code("HMMA.16816.F32", start=0x200)
-    assert cuda_report.main_loop(checked + whole) == Counter({"HMMA": 1, "MUFU.EX2": 1, "branch": 1})
-    assert cuda_report.main_loop(whole + code("HMMA", "HMMA", start=0x200))["HMMA"] == 2
-    assert cuda_report.main_loop(code("FFMA", start=0)) == Counter()
-    assert cuda_report.main_loop(single) == Counter({"HMMA": 1, "branch": 1})
+    assert cuda_report.main_loop(checked + whole) == (Counter({"HMMA": 1, "MUFU.EX2": 1, "branch": 1}), 3)
+    assert cuda_report.main_loop(whole + code("HMMA", "HMMA", start=0x80))[0]["HMMA"] == 2
+    assert cuda_report.main_loop(code("FFMA", start=0)) == (Counter(), None)
+    assert cuda_report.main_loop(single) == (Counter({"HMMA": 1, "branch": 1}), 2)
+
+
+def test_main_loop_is_the_one_that_copies() -> None:
+    """Loops over steps of a product lie inside it, and what its turns execute is then not known."""
+    products = code("HMMA.16816.F32", "HMMA.16816.F32", start=0x10)
+    tiles = [
+        SassInstruction(0, "", "LDGSTS.E", "R0"),
+        *products,
+        SassInstruction(0x40, "@P1", "BRA", "0x0"),
+    ]
+    assert cuda_report.main_loop(tiles) == (Counter({"HMMA": 2, "LDGSTS": 1, "branch": 2}), None)
 
 
 def test_table() -> None:
     loop = Counter(
         {"HMMA": 64, "LDSM": 32, "FFMA": 70, "FADD": 50, "MOV": 3, "integer": 4, "padding": 5, "branch": 2}
     )
-    fast = Kernel("forward_fast", "80", 128, 24 << 10, Resources(168, 0, 4, 8, 1024), loop)
+    fast = Kernel("forward_fast", "80", 128, 24 << 10, Resources(168, 0, 4, 8, 1024), loop, 180)
     plain = Kernel("forward_plain", "90", 64, 0, Resources(40), Counter())
     _, first, second = cuda_report.report([fast, plain]).split("## sm_")
     header, rule, row = first.splitlines()[2:5]
     assert header.startswith(
-        "| kernel | threads | registers | spilled | shared KiB | blocks (occupancy) | loop |"
+        "| kernel | threads | registers | spilled | shared KiB | blocks (occupancy) | loop | turn |"
     )
     assert header.count("|") == rule.count("|") == row.count("|")
-    assert (
-        row == "| `forward_fast` | 128 | 168 | 12 | 25 | 3 (19%) | 225 | 64 | 32 | 0 | 0 | 120 | 0 | 7 | 0 |"
-    )
+    cells = ("`forward_fast`", 128, 168, 12, 25, "3 (19%)", 225, 180, 64, 32, 0, 0, 120, 0, 7, 0)
+    assert row == f"| {' | '.join(map(str, cells))} |"
     assert second.splitlines()[4].startswith("| `forward_plain` | 64 | 40 | 0 | 0 | 24 (75%) |  |")
 
 
@@ -79,6 +89,6 @@ def test_report_of_a_compiled_kernel(tmp_path: Path) -> None:
     out = tmp_path / "report.md"
     assert cuda_report.main(["--archs", "80", "--only", "forward_bf16_32.", "--out", str(out)]) == 0
     (row,) = [line for line in out.read_text().splitlines() if line.startswith("| `forward")]
-    name, threads, _, spilled, _, _, _, products, *_ = [cell.strip() for cell in row.split("|")[1:-1]]
+    name, threads, _, spilled, _, _, _, _, products, *_ = [cell.strip() for cell in row.split("|")[1:-1]]
     assert (name, threads, spilled) == ("`forward_bf16_32`", "128", "0")
     assert int(products) >= 32

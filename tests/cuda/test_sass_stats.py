@@ -97,3 +97,19 @@ def test_instructions_of_a_kernel(
     assert "8 HMMA" in printed
     assert sass_stats.main([str(compiled[0]), "--only", "nothing"]) == 0
     assert capsys.readouterr().out == ""
+
+
+def test_turns() -> None:
+    """The fewest instructions of a way around, by the number of copies on it."""
+    text = [
+        ("", "LDGSTS.E", "R0"),  # 0x00
+        ("@P0", "BRA", "0x40"),  # 0x10: around the next two
+        ("", "LDGSTS.E", "R0"),
+        ("", "HMMA.16816.F32", "R0"),
+        ("", "FFMA", "R0"),  # 0x40
+        ("@!PT", "LDS", "R0"),
+        ("@P1", "BRA", "0x0"),
+    ]
+    code = [sass_stats.SassInstruction(16 * i, *instruction) for i, instruction in enumerate(text)]
+    (loop,) = sass_stats.natural_loops(code)
+    assert loop.turns() == {1: 4, 2: 6}
