@@ -23,17 +23,16 @@ ROOT = Path(__file__).resolve().parent.parent
 VARIANTS = ROOT / "csrc" / "core" / "variants.def"
 REPORT = ROOT / "docs" / "cuda_report.md"
 
-# Of a thread and a score, where docs/cuda_report.md does not have the kernel.
-FP32_PER_SCORE = Figure(4, "forward_bf16_128: 127 of 32 scores, without those of rare branches")
+# Of a thread and a score.
+FP32_PER_SCORE = Figure(4, "of a forward; forward_bf16_128 has 127 of 32")
+FP32_PER_GRADIENT = Figure(2, "of a backward: the exponent and dS, an instruction each")
+# Where docs/cuda_report.md does not know what a turn executes.
 OTHERS_PER_SCORE = Figure(1.25, "forward_bf16_128: 40 of 32 scores; assumed for backward kernels too")
-RARE = Figure(
-    38, "a warp, beside multiplying outputs and scores: fits 575 - 409 and 555 - 390 of docs/cuda_report.md"
-)
 REGISTERS = Figure(255, "assumed where docs/cuda_report.md does not have the kernel: the most there are")
 COUNTS = {
-    "fp32 operations a score": FP32_PER_SCORE,
+    "fp32 operations a score, forward": FP32_PER_SCORE,
+    "fp32 operations a score, backward": FP32_PER_GRADIENT,
     "other instructions a score": OTHERS_PER_SCORE,
-    "instructions in rare branches": RARE,
     "registers a thread": REGISTERS,
 }
 
@@ -123,7 +122,9 @@ def parse_variants(text: str) -> tuple[list[Kernel], list[str]]:
         names = ["key_columns", "value_columns", *_FIELDS[kind].split()]
         if len(values) != len(names):
             raise ValueError(f"{kind} has {', '.join(['name', 'element', *names])}; got {line!r}")
-        words = {"true": True, "false": False, "both": "both", "key": "key", "value": "value"}
+        words = {"true": True, "false": False} | {
+            f"KeyOutputs::{outputs}": outputs for outputs in ("both", "key", "value")
+        }
         parsed = {n: words[v] if v in words else int(v) for n, v in zip(names, values, strict=True)}
         if element != "float":
             kernels.append(Kernel(kind, name, element, **parsed))
@@ -131,26 +132,24 @@ def parse_variants(text: str) -> tuple[list[Kernel], list[str]]:
 
 
 class Compiled(NamedTuple):
-    """A row of docs/cuda_report.md: of a thread, and of a warp's loop with its rare branches."""
+    """A row of docs/cuda_report.md: of a thread, and what a warp executes for a tile, if that is known."""
 
     registers: int
     shared_bytes: int
-    loop: int
-    fp32: int
+    turn: int | None
 
 
 def parse_report(text: str) -> dict[tuple[str, str], Compiled]:
-    """The rows of docs/cuda_report.md by architecture and name, without kernels that have no loop."""
+    """The rows of docs/cuda_report.md by architecture and name."""
     rows = {}
     for arch, section in re.findall(r"^## sm_(\d+)\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL):
         lines = [line for line in section.splitlines() if line.startswith("|")]
         table = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
         for cells in table[2:]:
             row = dict(zip(table[0], cells, strict=True))
-            if row["loop"]:
-                shared = round(float(row["shared KiB"]) * 1024)
-                sizes = int(row["registers"]), shared, int(row["loop"]), int(row["fp32"])
-                rows[arch, row["kernel"].strip("`")] = Compiled(*sizes)
+            shared, turn = round(float(row["shared KiB"]) * 1024), row["turn"]
+            compiled = Compiled(int(row["registers"]), shared, int(turn) if turn else None)
+            rows[arch, row["kernel"].strip("`")] = compiled
     return rows
 
 
@@ -206,20 +205,12 @@ def work(kernel: Kernel, compiled: Compiled | None = None) -> Work:
         ldmatrix += kernel.warps // rows * kernel.owned // 16 * sum(operands) // 16
     copied = kernel.streamed * (kernel.key_columns + kernel.value_columns) * kernel.bytes
     scores = kernel.queries * kernel.keys
-    if compiled is None:
-        fp32 = FP32_PER_SCORE.value * scores / WARP
-        others = (1 + OTHERS_PER_SCORE.value) * scores / WARP
-        instructions = mma + ldmatrix + copied / COPY_BYTES + fp32 + others
-        return Work(mma, ldmatrix, scores, copied, fp32, instructions)
-    rare, multiplications = 0.0, 0.0
-    if (
-        kernel.kind == "FORWARD"
-    ):  # of outputs when a maximum moves, of scores, twice in bf16, if they are huge
-        times = 2 if kernel.element == "BFloat16" else 1
-        multiplications = (kernel.queries * kernel.value_columns + scores * times) / WARP
-        rare = multiplications + RARE.value * kernel.warps
-    fp32, loop = (count * kernel.warps for count in (compiled.fp32, compiled.loop))
-    return Work(mma, ldmatrix, scores, copied, fp32 - multiplications, loop - rare)
+    per_score = FP32_PER_SCORE if kernel.kind == "FORWARD" else FP32_PER_GRADIENT
+    fp32 = per_score.value * scores / WARP
+    if compiled is not None and compiled.turn is not None:
+        return Work(mma, ldmatrix, scores, copied, fp32, compiled.turn * kernel.warps)
+    others = (1 + OTHERS_PER_SCORE.value) * scores / WARP
+    return Work(mma, ldmatrix, scores, copied, fp32, mma + ldmatrix + copied / COPY_BYTES + fp32 + others)
 
 
 @dataclass(frozen=True)

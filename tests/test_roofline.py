@@ -27,9 +27,9 @@ VARIANTS = """
 FORWARD(bf16_128, BFloat16, 128, 128, 64, 64, 4, true, false)
 FORWARD(bf16_192_128, BFloat16, 192, 128, 64, 32, 4, false, false)
 FORWARD(f32_64, float, 64, 64, 64, 32, 4, false, true)
-KEY_GRADIENT(bf16_128, BFloat16, 128, 128, 64, 64, 4, 2, both, false)
-KEY_GRADIENT(f16_128_key, Float16, 128, 128, 64, 64, 4, 2, key, false)
-KEY_GRADIENT(f16_128_value, Float16, 128, 128, 64, 64, 4, 2, value, true)
+KEY_GRADIENT(bf16_128, BFloat16, 128, 128, 64, 64, 4, 2, KeyOutputs::both, false)
+KEY_GRADIENT(f16_128_key, Float16, 128, 128, 64, 64, 4, 2, KeyOutputs::key, false)
+KEY_GRADIENT(f16_128_value, Float16, 128, 128, 64, 64, 4, 2, KeyOutputs::value, true)
 QUERY_GRADIENT(bf16_128, BFloat16, 128, 128, 128, 32, 4, 2, false)
 DECODE(bf16_128, BFloat16, 128, 16, anything)
 """
@@ -93,28 +93,26 @@ def test_shared_memory_of_forwards_is_that_of_the_report():
         assert report["80", f"forward_{kernel.name}"].shared_bytes == kernel.shared_bytes
 
 
-def test_executed_instructions_are_those_that_the_report_tells():
-    text = (ROOT / "docs" / "cuda_report.md").read_text()
-    report = parse_report(text)
-    told = re.findall(r"Of the (\d+)(?: instructions)? of\s+`forward_(\w+)`(?: on sm_80)?, (\d+) are", text)
-    assert len(told) == 2
+def test_instructions_are_those_that_the_report_tells():
+    """Estimated without it, they are nearly as many."""
+    report = committed_report()
     kernels, _ = parse_variants((ROOT / "csrc" / "core" / "variants.def").read_text())
-    by_name = {kernel.name: kernel for kernel in kernels if kernel.kind == "FORWARD"}
-    for loop, name, executed in told:
-        compiled = report["80", f"forward_{name}"]
-        assert compiled.loop == int(loop)
-        kernel = by_name[name]
-        assert work(kernel, compiled).instructions / kernel.warps == pytest.approx(int(executed), abs=2)
-        assert work(kernel).instructions == pytest.approx(work(kernel, compiled).instructions, rel=0.03)
+    for kernel in kernels:
+        if kernel.name != "bf16_128":
+            continue
+        compiled = report["80", f"{kernel.kind.lower()}_{kernel.name}"]
+        assert work(kernel, compiled).instructions == compiled.turn * kernel.warps
+        assert work(kernel).instructions == pytest.approx(work(kernel, compiled).instructions, rel=0.06)
 
 
 def test_rows_of_the_report_are_read():
-    titles = "| kernel | registers | shared KiB | loop | fp32 |\n| --- | --- | --- | --- | --- |\n"
+    titles = "| kernel | registers | shared KiB | loop | turn |\n| --- | --- | --- | --- | --- |\n"
     text = f"# Title\n\n| a |\n| --- |\n\n## sm_80\n\n{titles}| `forward_x` | 168 | 24.5 | 447 | 223 |\n"
     text += f"| `forward_y` | 100 | 24 |  |  |\n\n## sm_90\n\n{titles}| `forward_x` | 200 | 24 | 400 | 9 |\n"
     rows = {
-        ("80", "forward_x"): Compiled(168, 25088, 447, 223),
-        ("90", "forward_x"): Compiled(200, 24576, 400, 9),
+        ("80", "forward_x"): Compiled(168, 25088, 223),
+        ("80", "forward_y"): Compiled(100, 24576, None),
+        ("90", "forward_x"): Compiled(200, 24576, 9),
     }
     assert parse_report(text) == rows
 

@@ -5,6 +5,7 @@
 #include "bindings/aligned_backward.h"
 #include "bindings/aligned_forward.h"
 #include "bindings/decode_launch.h"
+#include "bindings/dropout_mask.h"
 
 namespace attn_ext::bindings {
 namespace {
@@ -47,6 +48,14 @@ struct Cuda {
       cuda::backward(aligned, workspace.data(), {.device = device, .handle = current_stream(index)});
     });
   }
+  static void check_seed(const Tensor& seed) {
+    STD_TORCH_CHECK(seed.device().type == aoti_torch_device_type_cuda(), "dropout_seed must be a CUDA tensor");
+  }
+  static void run(const DropoutMaskParams& params, const Tensor&, const Tensor& seed) {
+    const int32_t index = seed.device().index;
+    const torch::stable::accelerator::DeviceGuard guard(index);
+    cuda::make_dropout_mask(params, {.device = cuda::device(index), .handle = current_stream(index)});
+  }
   static void run_decode(DecodeInputs& inputs, DeviceDecodeParams& params, DecodeResults&) {
     const int32_t index = inputs.device.index;
     const torch::stable::accelerator::DeviceGuard guard(index);
@@ -63,5 +72,6 @@ struct Cuda {
 STABLE_TORCH_LIBRARY_IMPL(attn_ext, CUDA, library) {
   attn_ext::bindings::implement_forward<attn_ext::bindings::Cuda>(library);
   attn_ext::bindings::implement_backward<attn_ext::bindings::Cuda>(library);
+  attn_ext::bindings::implement_dropout_mask<attn_ext::bindings::Cuda>(library);
   library.impl("attention_decode", attn_ext::bindings::attention_decode<attn_ext::bindings::Cuda>);
 }

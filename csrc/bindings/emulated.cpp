@@ -5,6 +5,7 @@
 #include "bindings/aligned_backward.h"
 #include "bindings/aligned_forward.h"
 #include "bindings/decode_launch.h"
+#include "bindings/dropout_mask.h"
 #include "bindings/launch_memory.h"
 #include "cuda/variant.h"
 
@@ -40,6 +41,13 @@ struct Emulated {
       cuda::backward(aligned, workspace.data(), {.device = emulated_device});
       finish();
     });
+  }
+  static void check_seed(const Tensor& seed) { check_cpu(seed, "dropout_seed"); }
+  static void run(const DropoutMaskParams& params, const Tensor& mask, const Tensor& seed) {
+    for_memory(mask, true, register_memory);
+    for_memory(seed, false, register_memory);
+    cuda::make_dropout_mask(params, {.device = emulated_device});
+    finish();
   }
   static void run_decode(DecodeInputs& inputs, DeviceDecodeParams& params, DecodeResults& results) {
     run_planned(inputs, params, emulated_device, [&](const DeviceDecodeParams& planned, const DecodeWorkspace& workspace) {
@@ -88,11 +96,13 @@ STABLE_TORCH_LIBRARY(attn_ext_emulated, library) {
   library.def(attn_ext::bindings::kAttentionForward);
   library.def(attn_ext::bindings::kAttentionOutput);
   library.def(attn_ext::bindings::kAttentionBackward);
+  library.def(attn_ext::bindings::kDropoutMask);
   library.def(attn_ext::bindings::kAttentionDecode);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(attn_ext_emulated, CPU, library) {
   attn_ext::bindings::implement_forward<attn_ext::bindings::Emulated>(library);
   attn_ext::bindings::implement_backward<attn_ext::bindings::Emulated>(library);
+  attn_ext::bindings::implement_dropout_mask<attn_ext::bindings::Emulated>(library);
   library.impl("attention_decode", attn_ext::bindings::attention_decode<attn_ext::bindings::Emulated>);
 }

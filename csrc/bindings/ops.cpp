@@ -1,5 +1,6 @@
 // torch.ops.attn_ext.*, and their kernels of the CPU.
 #include "bindings/backward.h"
+#include "bindings/dropout_mask.h"
 #include "bindings/forward.h"
 #include "bindings/torch_executor.h"
 #include "core/dropout.h"
@@ -26,24 +27,16 @@ struct Cpu {
     tensors.set_gradients(params);
     cpu::kernel_table().backward[static_cast<int>(params.dtype)](params, torch_executor());
   }
-};
 
-// dropout_mask(dropout_seed, dropout_p, batch, heads, query_begin, query_end, kv_len) -> bool, true = kept
-void dropout_mask(StableIValue* stack, uint64_t, uint64_t) {
-  Arguments arguments(stack);
-  const Tensor seed = arguments.tensor();
-  const DropoutParams dropout = Inputs::checked_dropout(arguments.number(), seed, cpu(), Contents::checked);
-  const int64_t batch = arguments.integer(), heads = arguments.integer(), begin = arguments.integer();
-  const int64_t end = arguments.integer(), kv_len = arguments.integer();
-  STD_TORCH_CHECK(batch >= 0 && heads >= 0 && 0 <= begin && begin <= end && kv_len >= 0, "sizes must not be negative");
-  Tensor mask = empty({batch, heads, end - begin, kv_len}, {0, 1, 2, 3}, torch_dtype(DType::boolean), cpu());
-  auto* kept = static_cast<uint8_t*>(mask.data());
-  for (int64_t b = 0; b < batch; ++b)
-    for (int64_t h = 0; h < heads; ++h)
-      for (int64_t i = begin; i < end; ++i)
-        for (int64_t j = 0; j < kv_len; ++j) *kept++ = keeps_weight(dropout, b, h, i, j);
-  give(stack, mask);
-}
+  static void check_seed(const Tensor& seed) { check_cpu(seed, "dropout_seed"); }
+  static void run(const DropoutMaskParams& p, const Tensor&, const Tensor&) {
+    uint8_t* kept = p.mask;
+    for (int64_t b = 0; b < p.batch; ++b)
+      for (int64_t h = 0; h < p.heads; ++h)
+        for (int64_t i = p.query_begin; i < p.query_end; ++i)
+          for (int64_t j = 0; j < p.kv_len; ++j) *kept++ = keeps_weight(p.dropout, b, h, i, j);
+  }
+};
 
 }  // namespace
 }  // namespace attn_ext::bindings
@@ -58,5 +51,5 @@ STABLE_TORCH_LIBRARY(attn_ext, library) {
 STABLE_TORCH_LIBRARY_IMPL(attn_ext, CPU, library) {
   attn_ext::bindings::implement_forward<attn_ext::bindings::Cpu>(library);
   attn_ext::bindings::implement_backward<attn_ext::bindings::Cpu>(library);
-  library.impl("dropout_mask", attn_ext::bindings::dropout_mask);
+  attn_ext::bindings::implement_dropout_mask<attn_ext::bindings::Cpu>(library);
 }

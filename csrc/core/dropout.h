@@ -55,7 +55,7 @@ struct DropoutIndex {
 ATTN_HD bool keeps_weight(const DropoutParams& dropout, int64_t batch, int64_t head, int64_t query, int64_t key) {
   const DropoutIndex index = DropoutIndex::of(key);
   uint32_t words[4] = {index.call, static_cast<uint32_t>(query), static_cast<uint32_t>(head), static_cast<uint32_t>(batch)};
-  Philox<ScalarPhilox>::generate(words, dropout.seed);
+  Philox<ScalarPhilox>::generate(words, dropout.key());
   return static_cast<int32_t>(words[index.word] >> 16 * index.half & 0xffff) < dropout.threshold;
 }
 

@@ -109,6 +109,15 @@ struct DropoutParams {
   ATTN_HD uint64_t key() const { return seed_data ? static_cast<uint64_t>(*seed_data) : seed; }
 };
 
+// Which weights dropout keeps: (batch, heads, query_end - query_begin, kv_len), contiguous, 1: kept.
+struct DropoutMaskParams {
+  DropoutParams dropout;
+  int64_t batch = 0, heads = 0, query_begin = 0, query_end = 0, kv_len = 0;
+  uint8_t* mask = nullptr;
+
+  ATTN_HD int64_t elements() const { return batch * heads * (query_end - query_begin) * kv_len; }
+};
+
 struct AttentionParams {
   AttentionShape shape;
   DType dtype = DType::float32;

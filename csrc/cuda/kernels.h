@@ -32,6 +32,7 @@ int64_t backward_workspace(const BackwardParams& params, const Device& device);
 // std::runtime_error that names the kernel; asks for a supported call.
 void forward(const ForwardParams& params, const Stream& stream);
 void backward(const BackwardParams& params, void* workspace, const Stream& stream);
+void make_dropout_mask(const DropoutMaskParams& params, const Stream& stream);
 
 // The same of a step of decoding.
 const char* unsupported(const DecodeParams& params, const Device& device);

@@ -28,7 +28,7 @@ def attention_by(namespace: str) -> Iterator[None]:
     """The public functions call the operators of `torch.ops.<namespace>`, as far as there are any."""
     operators = getattr(torch.ops, namespace)
     replaced = {}
-    for name in ("attention_forward", "attention_output", "attention_backward"):
+    for name in ("attention_forward", "attention_output", "attention_backward", "dropout_mask"):
         if hasattr(operators, name):
             replaced[name] = getattr(operators, name).default
     with mock.patch.multiple(

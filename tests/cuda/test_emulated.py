@@ -187,3 +187,15 @@ def test_everything_goes_to_the_emulator() -> None:
     handle = _ops._forward_handle
     attn_ext.attention(x, x, x, softcap=3.0)
     assert handle is _ops.attention_forward._handle
+
+
+@pytest.mark.parametrize("seed", [5, -(2**62)])
+def test_dropout_mask(seed: int) -> None:
+    """What higher derivatives multiply by is what the kernels drop."""
+    arguments = torch.tensor(seed), 0.3, 2, 3, 5, 44, 71
+    emulator()
+    by_cpu, by_kernel = (
+        getattr(torch.ops, name).dropout_mask(*arguments) for name in ("attn_ext", "attn_ext_emulated")
+    )
+    assert torch.equal(by_cpu, by_kernel)
+    assert torch.ops.attn_ext_emulated.dropout_mask(*arguments[:5], 5, 71).shape == (2, 3, 0, 71)

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import attn_ext
 from attn_ext import _C, _validation
-from attn_ext._ops import Options, attention_forward
+from attn_ext._ops import Options, attention_backward, attention_forward
 
 
 @pytest.fixture(autouse=True)
@@ -48,12 +48,19 @@ def test_results(dtype: torch.dtype) -> None:
     assert (out.shape, out.stride(), out.device) == (query.shape, query.stride(), query.device)
 
 
-def test_derivatives_are_refused_before_torch_records_anything() -> None:
-    x = torch.empty(1, 2, 5, 16, device="cuda", requires_grad=True)  # without a GPU recording would abort
-    with pytest.raises(NotImplementedError, match=r"not implemented on CUDA: call it under torch\.no_grad"):
-        attention_forward(x, x, x, *Options())
-    with torch.no_grad():
-        attention_forward(x, x, x, *Options())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_gradients(dtype: torch.dtype) -> None:
+    """Those of the operator: without a GPU, recording a graph of such tensors would abort."""
+    query, key, value = inputs(dtype)
+    options = Options(
+        bias=torch.empty(1, 4, 1, 7, device="cuda"), sinks=torch.empty(4, device="cuda"), scale=0.25
+    )
+    out, lse, residual = attention_forward(query, key, value, *options)
+    results = attention_backward(out, None, query, key, value, out, lse, residual, *options, True, True)
+    for result, like in zip(results, (query, key, value, options.bias), strict=False):
+        assert (result.shape, result.device) == (like.shape, query.device)
+    assert [result.dtype for result in results] == [dtype, dtype, dtype, torch.float32, torch.float64]
+    assert results[0].stride() == query.stride()
 
 
 @pytest.mark.usefixtures("with_cuda")

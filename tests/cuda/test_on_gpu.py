@@ -40,7 +40,7 @@ def attend(*tensors: torch.Tensor, **options: Any) -> tuple[torch.Tensor, torch.
 
 
 def check(*tensors: torch.Tensor, **options: Any) -> None:
-    check_attention(*tensors, **options, grad=False, attention=attend)
+    check_attention(*tensors, **options, attention=attend)
 
 
 def gpu_inputs(*sizes: int, dtype: torch.dtype = torch.float16) -> list[torch.Tensor]:
@@ -245,12 +245,21 @@ def test_wrong_contents_are_harmless() -> None:
             assert attn_ext.attention(*inputs, mask=mask).isfinite().all()
 
 
+def test_gradients_are_the_same_whenever_they_are_computed() -> None:
+    inputs = [tensor.requires_grad_() for tensor in gpu_inputs(2, 8, 700, 900, 64, dtype=torch.bfloat16)]
+    bias = torch.randn(1, 8, 1, 900, device=DEVICE, requires_grad=True)
+    first = None
+    for _ in range(50):
+        out = attn_ext.attention(*inputs, mask=attn_ext.Causal("bottom_right"), bias=bias)
+        gradients = torch.autograd.grad(out, (*inputs, bias), torch.ones_like(out))
+        first = first or gradients
+        assert all(map(torch.equal, gradients, first))
+
+
 def test_what_is_not_supported() -> None:
     inputs = gpu_inputs(1, 1, 8, 8, 16)
     with pytest.raises(NotImplementedError, match="query must be float32, float16 or bfloat16 on CUDA"):
         attn_ext.attention(*(tensor.double() for tensor in inputs))
-    with pytest.raises(NotImplementedError, match="derivatives of attention are not implemented on CUDA"):
-        attn_ext.attention(inputs[0].clone().requires_grad_(), *inputs[1:])
     with pytest.raises(NotImplementedError, match=r"bias must be .* on CUDA, got float64"):
         attn_ext.attention(*inputs, bias=torch.zeros(8, dtype=torch.float64, device=DEVICE))
     lengths = torch.zeros(1, dtype=torch.int32, device=DEVICE)
