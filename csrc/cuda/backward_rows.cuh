@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kRowThreads) backward_rows(const __grid_consta
     const float residual = sees ? static_cast<const float*>(p.lse_residual)[at] : 0.f;
     delta -= grad_lse;
     const float normalizer = sees ? lse_log2 + residual : INFINITY;
-    precise |= sees && !(fabsf(normalizer) <= kLargestRounded);
+    precise |= sees && fabsf(normalizer) > kLargestRounded && fabsf(normalizer) < INFINITY;  // else all weights are NaN or 0
     float* const terms = a.rows.terms + head_row * a.rows.padded * RowTerms::kFloats;
     terms[RowTerms::normalizer(row)] = normalizer;
     terms[RowTerms::minus_delta(row)] = terms[RowTerms::minus_delta(row) + 2] = -delta;

@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(F::kThreads, 1) flash_bias_gradient(const __gr
     Math::product_abt(s, own_queries, key_tile, F::kKeyTile);
     modified.template apply<true>(s, terms, key0);
     hide<Place>(s, [&](int q) { return seen[q]; });
-    precise_weights<Place>(s, RowNormalizers(p, batch, head), query0 + row0);
+    precise_weights<Place, true>(s, RowNormalizers(p, batch, head), query0 + row0);
     clear(dp);
     Math::product_abt(dp, own_grads, value_tile, F::kValueTile);
     modified.template gradient<true>(dp, s, [&](int q) { return minus_delta[q]; });

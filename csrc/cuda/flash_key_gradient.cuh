@@ -148,9 +148,9 @@ __global__ void __launch_bounds__(F::kThreads, 1) flash_key_gradient(const __gri
     }
     if constexpr (kIsPartial) hide<Place>(s, [&](int q) { return bits.visible(Place::first_query() + Place::query_offset(q), row0); });
     if (precise) {
-      precise_weights<Place>(s, RowNormalizers(p, walk.own().batch, walk.at(turn).head), query0);
+      precise_weights<Place, kIsPartial>(s, RowNormalizers(p, walk.own().batch, walk.at(turn).head), query0);
     } else {
-      weights<Place>(s, a.factors.scale_log2, [&](int q) { return rows[RowTerms::normalizer(q / 2 * 8) + q % 2]; });
+      weights<Place, kIsPartial>(s, a.factors.scale_log2, [&](int q) { return rows[RowTerms::normalizer(q / 2 * 8) + q % 2]; });
     }
 
     Accumulators<MI, F::NJ> dp;  // less D_i, unless it is modified

@@ -149,8 +149,8 @@ __global__ void __launch_bounds__(F::kThreads, 1) flash_query_gradient(const __g
       for_pairs<Place>([&](int q, int k) { Place::at(s, q, k) *= a.factors.scale_log2; });
     }
     if constexpr (kIsPartial) hide<Place>(s, [&](int q) { return seen[q]; });
-    if (precise) precise_weights<Place>(s, RowNormalizers(p, at.batch, at.head), own0);
-    else weights<Place>(s, a.factors.scale_log2, [&](int q) { return q % 2 ? normalizers[own_pair + q / 2 * 8].y : normalizers[own_pair + q / 2 * 8].x; });
+    if (precise) precise_weights<Place, kIsPartial>(s, RowNormalizers(p, at.batch, at.head), own0);
+    else weights<Place, kIsPartial>(s, a.factors.scale_log2, [&](int q) { return q % 2 ? normalizers[own_pair + q / 2 * 8].y : normalizers[own_pair + q / 2 * 8].x; });
     if constexpr (F::kModified) {
       modified.through_softcap(s);
       clear(dp);

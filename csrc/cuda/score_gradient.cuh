@@ -24,23 +24,24 @@ class RowNormalizers {
   }
 };
 
-// Scores in units of log2 become weights.  query0: the warp's first.
-template <class Place>
+// Scores in units of log2 become weights.  query0: the warp's first.  Hidden keys, of partial tiles, weigh 0 whatever the
+// normalizer is.
+template <class Place, bool kPartial>
 DEVICE void precise_weights(Accumulators<Place::MI, Place::NJ>& s, const RowNormalizers& normalizers, int query0) {
   UNROLL for (int q = 0; q < Place::kQueries; ++q) {
     const float2 normalizer = normalizers(query0 + Place::first_query() + Place::query_offset(q));
     UNROLL for (int k = 0; k < Place::kKeys; ++k) {
       float& p = Place::at(s, q, k);
-      p = ex2_approx((p - normalizer.x) - normalizer.y);
+      p = kPartial && p == -INFINITY ? 0.f : ex2_approx((p - normalizer.x) - normalizer.y);
     }
   }
 }
 // Products become weights where no normalizer is so large that rounding shows.  factor brings them to units of log2.
-template <class Place, class Normalizer>
+template <class Place, bool kPartial, class Normalizer>
 DEVICE void weights(Accumulators<Place::MI, Place::NJ>& s, float factor, const Normalizer& normalizer) {
   for_pairs<Place>([&](int q, int k) {
     float& p = Place::at(s, q, k);
-    p = ex2_approx(fused(p, factor, -normalizer(q)));
+    p = kPartial && p == -INFINITY ? 0.f : ex2_approx(fused(p, factor, -normalizer(q)));
   });
 }
 
@@ -111,7 +112,10 @@ class ModifiedScores {
   // P, times the slope: what makes of dP the gradient of the scaled product instead of that of the score.
   DEVICE void through_softcap(Scores& weights) const {
     if (!(a_.params.score.softcap > 0)) return;
-    for_pairs<Place>([&](int q, int k) { Place::at(weights, q, k) *= slopes_.at(q, k); });
+    for_pairs<Place>([&](int q, int k) {
+      float& weight = Place::at(weights, q, k);
+      if (weight != 0.f) weight *= slopes_.at(q, k);
+    });
   }
   // dP, of the weights that are left, becomes dS.
   template <bool kPartial, class MinusDelta>
