@@ -16,6 +16,7 @@ from typing import Any
 
 from ._merge import merge
 from ._override import override_sdpa
+from ._support import is_supported, why_unsupported
 from ._version import __version__
 from .block_mask import BlockMask
 from .decode import attention_decode
@@ -40,9 +41,11 @@ __all__ = [
     "attention_decode",
     "attention_varlen",
     "block_sparse_attention",
+    "is_supported",
     "merge",
     "override_sdpa",
     "scaled_dot_product_attention",
+    "why_unsupported",
 ]
 
 _LAZY_MODULES = ("cache", "integrations", "nn", "patterns", "reference", "testing")

@@ -26,6 +26,7 @@ from torch import Tensor
 from . import reference
 from ._blocks import Blocks
 from ._ops import Options, dropout_mask
+from ._validation import unsupported
 from .masks import LoweredMask
 
 _SLICE_ELEMENTS = 1 << 20  # scores that are there at once
@@ -163,7 +164,10 @@ def _settings(
             slopes = _narrow(slopes, rows)
         added = reference.alibi_at(slopes, positions[slice(*rows)], kv_len)
     if options.dropout_p > 0:
-        kept = dropout_mask(options.dropout_seed, options.dropout_p, batch, heads, *rows, kv_len)
+        try:
+            kept = dropout_mask(options.dropout_seed, options.dropout_p, batch, heads, *rows, kv_len)
+        except RuntimeError as error:
+            raise (unsupported(error) or error) from None
         dropout = reference.dropout_factors(kept, options.dropout_p, dtype)
     return visible, added, dropout
 

@@ -5,6 +5,7 @@
 #include "bindings/aligned_backward.h"
 #include "bindings/aligned_forward.h"
 #include "bindings/decode_launch.h"
+#include "bindings/support.h"
 
 namespace attn_ext::bindings {
 namespace {
@@ -57,6 +58,15 @@ struct Cuda {
   }
 };
 
+struct CudaDevices {
+  static cuda::Device get(int index) { return cuda::device(index); }
+};
+
+void no_dropout_mask(StableIValue* stack, uint64_t, uint64_t) {
+  const Tensor seed = Arguments(stack).tensor();
+  throw Unsupported(kNoDropoutMask);
+}
+
 }  // namespace
 }  // namespace attn_ext::bindings
 
@@ -64,4 +74,9 @@ STABLE_TORCH_LIBRARY_IMPL(attn_ext, CUDA, library) {
   attn_ext::bindings::implement_forward<attn_ext::bindings::Cuda>(library);
   attn_ext::bindings::implement_backward<attn_ext::bindings::Cuda>(library);
   library.impl("attention_decode", attn_ext::bindings::attention_decode<attn_ext::bindings::Cuda>);
+  library.impl("dropout_mask", attn_ext::bindings::no_dropout_mask);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(attn_ext, Meta, library) {
+  attn_ext::bindings::implement_support<attn_ext::bindings::CudaDevices>(library);
 }
