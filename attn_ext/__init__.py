@@ -16,7 +16,6 @@ from typing import Any
 
 from ._merge import merge
 from ._override import override_sdpa
-from ._support import is_supported, why_unsupported
 from ._version import __version__
 from .block_mask import BlockMask
 from .decode import attention_decode
@@ -49,7 +48,10 @@ __all__ = [
 ]
 
 _LAZY_MODULES = ("cache", "integrations", "nn", "patterns", "reference", "testing")
-_LAZY_NAMES = {"CacheFullError": "cache", "KVCache": "cache", "PagedKVCache": "cache"}
+_LAZY_NAMES = {
+    **dict.fromkeys(("CacheFullError", "KVCache", "PagedKVCache"), "cache"),
+    **dict.fromkeys(("is_supported", "why_unsupported"), "_support"),
+}
 
 
 def __getattr__(name: str) -> Any:

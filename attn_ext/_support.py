@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import _ops, _validation, decode, functional, varlen
 from ._ops import Options
+from .masks import is_causal_bias
 
 __all__ = ["is_supported", "why_unsupported"]
 
@@ -57,7 +58,8 @@ def why_unsupported(
 
     Args:
         *arguments, **options: those of the function. Tensors may be fake ones, of sizes that are numbers.
-        function: `attention`, `block_sparse_attention`, `attention_varlen` or `attention_decode`.
+        function: `attention`, `scaled_dot_product_attention` of dense tensors, `block_sparse_attention`,
+            `attention_varlen` or `attention_decode`.
         derivatives: how often the result is to be differentiated: 0: never; 1: a backward pass, for query,
             key and value, and those of bias and sinks that require grad; 2: derivatives of that, or forward
             mode. None: 1 if grad mode is on and an argument requires grad, else 0.
@@ -77,16 +79,13 @@ def why_unsupported(
     if ask is None:
         names = ", ".join(known.__name__ for known in _ASK)
         raise ValueError(f"function must be one of {names}, got {getattr(function, '__name__', function)!r}")
-    bound = _signature(function).bind(*arguments, **options)
+    bound = _SIGNATURES[function].bind(*arguments, **options)
     bound.apply_defaults()
     try:
         ask(derivatives, **bound.arguments)
     except NotImplementedError as reason:
         return str(reason)
     return None
-
-
-_signature = cache(inspect.signature)
 
 
 # --- Calls up to the operator: each raises what the call would ----------------------------------------------
@@ -118,6 +117,21 @@ def _ask_attention(
 def _ask_block_sparse(derivatives: int | None, block_mask: Any, **arguments: Any) -> None:
     functional.check_is_block_mask(block_mask)
     _ask_attention(derivatives, mask=block_mask, **arguments)
+
+
+def _ask_scaled_dot_product_attention(
+    derivatives: int | None, query: Any, key: Any, value: Any, attn_mask: Any, **options: Any
+) -> None:
+    _validation.check_scaled_dot_product_attention(query, key, value, attn_mask, **options)
+    is_bias = attn_mask is not None and not is_causal_bias(attn_mask)
+    if derivatives is None:
+        derivatives = int(_requires_grad(query, key, value, attn_mask if is_bias else None))
+    ask = partial(_ask_for_attention, query.device, derivatives)
+    with _real_tensors():
+        if is_bias:
+            attn_mask = _sizes(attn_mask).requires_grad_(attn_mask.requires_grad)
+        tensors = map(_sizes, (query, key, value))
+        functional._attend_broadcast(*tensors, attn_mask, **options, attend=ask)
 
 
 def _ask_varlen(
@@ -166,9 +180,11 @@ def _ask_decode(derivatives: int | None, return_lse: bool, validate: Any, **argu
 _ASK = {
     functional.attention: _ask_attention,
     functional.block_sparse_attention: _ask_block_sparse,
+    functional.scaled_dot_product_attention: _ask_scaled_dot_product_attention,
     varlen.attention_varlen: _ask_varlen,
     decode.attention_decode: _ask_decode,
 }
+_SIGNATURES = {function: inspect.signature(function) for function in _ASK}
 
 
 # --- In the place of the operators: results without memory, or the reason why there are none ----------------
@@ -181,7 +197,7 @@ def _ask_for_attention(
     if derivatives is None:
         derivatives = int(_requires_grad(query, key, value, bias, sinks))
     wants = (tensor is not None and tensor.requires_grad for tensor in (bias, sinks))
-    dtype = _validation._dtype_in_kernel(query)
+    dtype = _validation._dtype_in_kernel(query, device)
     with _real_tensors():
         tensors = (_sizes(tensor, dtype) for tensor in (query, key, value))
         arguments = *tensors, *map(_sizes, options)

@@ -382,9 +382,9 @@ def _check_strided(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}")
 
 
-def _dtype_in_kernel(tensor: Tensor) -> torch.dtype:
-    """The dtype after autocast, which leaves float64 alone."""
-    device = tensor.device.type
+def _dtype_in_kernel(tensor: Tensor, on: torch.device | None = None) -> torch.dtype:
+    """The dtype after autocast, which leaves float64 alone; `on` another device than the tensor's."""
+    device = (on or tensor.device).type
     autocasts = device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
     return torch.get_autocast_dtype(device) if autocasts and tensor.dtype != torch.float64 else tensor.dtype
 

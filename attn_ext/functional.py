@@ -330,8 +330,12 @@ def _attend_broadcast(
     is_causal: bool,
     scale: float | None,
     enable_gqa: bool,
+    attend: Callable[..., tuple[Tensor, ...]] | None = None,
 ) -> Tensor:
-    """For any number of dimensions: leading ones are broadcast and flattened into the batch."""
+    """For any number of dimensions: leading ones are broadcast and flattened into the batch.
+
+    attend, if given, is called in the operator's place.
+    """
     q, k, v = query.shape, key.shape, value.shape
     scale = q[-1] ** -0.5 if scale is None else _finite(scale)
     if dropout_p != 0.0:
@@ -347,7 +351,7 @@ def _attend_broadcast(
         and (q[1] == k[1] or enable_gqa)
         and (attn_mask is None or attn_mask.dim() == 4)
     ):  # as the operator takes them
-        return _attend_dense(query, key, value, attn_mask, dropout_p, scale, band_upper)
+        return _attend_dense(query, key, value, attn_mask, dropout_p, scale, band_upper, attend)
 
     batch_shape = broadcast_shapes(BATCH_DIMENSIONS, q[:-3], k[:-3], v[:-3])
     dim = max(len(q), len(k), len(v))
@@ -355,7 +359,7 @@ def _attend_broadcast(
     query, key, value = (
         _flatten_batch(tensor, batch_shape) for tensor in _broadcast_heads(query, key, value, enable_gqa)
     )
-    out = _attend_dense(query, key, value, attn_mask, dropout_p, scale, band_upper)
+    out = _attend_dense(query, key, value, attn_mask, dropout_p, scale, band_upper, attend)
     if len(batch_shape) != 1:
         out = out.unflatten(0, batch_shape) if batch_shape else out.squeeze(0)
     return out if dim > 2 else out.squeeze(0)
@@ -369,19 +373,20 @@ def _attend_dense(
     dropout_p: float,
     scale: float,
     band_upper: int | None,
+    attend: Callable[..., tuple[Tensor, ...]] | None,
 ) -> Tensor:
     boolean = attn_mask is not None and attn_mask.dtype == torch.bool
     bias, mask = (None, attn_mask) if boolean else (attn_mask, None)
-    if dropout_p:
+    if dropout_p or attend is not None:
         options = Options(
             bias=bias,
             mask=mask,
-            dropout_seed=_seed(None, query.device),
+            dropout_seed=_seed(None, query.device) if attend is None else _SOME_SEED,
             scale=scale,
             dropout_p=dropout_p,
             band_upper=band_upper,
         )
-        return _attend(query, key, value, options)[0]
+        return (attend or _attend)(query, key, value, options)[0]
     return _output(query, key, value, bias, mask, None, scale, None, band_upper)
 
 

@@ -126,7 +126,10 @@ def test_agrees_with_attention_decode(case: SimpleNamespace) -> None:
 def test_agrees_with_the_other_functions(head_dim: int) -> None:
     inputs = half_inputs(head_dim)
     packed = [tensor[0].transpose(0, 1) for tensor in inputs]
+    heads = torch.randn(4, head_dim).half()
     calls = (
+        (attn_ext.scaled_dot_product_attention, inputs),
+        (attn_ext.scaled_dot_product_attention, (heads, *inputs[1:], torch.zeros(2, 4, 6).half(), 0.5)),
         (attn_ext.block_sparse_attention, (*inputs, make_block_mask((1, 2, 4, 6), (16, 16), 0.5))),
         (attn_ext.attention_varlen, (*packed, torch.tensor([0, 1, 4]), torch.tensor([0, 6, 6]))),
     )
@@ -148,6 +151,33 @@ def test_backward_gives_the_reason() -> None:
         with torch.no_grad():
             assert is_supported(*leaves)
         assert why_unsupported(*(leaf.detach() for leaf in leaves), derivatives=1) == HEAD_DIM
+
+
+def test_gradients_of_float_masks() -> None:
+    mask = torch.zeros(1, 4, 6, requires_grad=True)
+    asked = []
+
+    def attention_support(*arguments: Any) -> str:
+        asked.append(arguments[-4:-1])
+        return ""
+
+    selector = SimpleNamespace(attention_support=attention_support)
+    with mock.patch.dict(_support.SELECTORS, cpu=selector):
+        for options in ({}, {"derivatives": 0}):
+            assert is_supported(
+                *half_inputs(), mask, function=attn_ext.scaled_dot_product_attention, **options
+            )
+            assert is_supported(*half_inputs(), mask=attn_ext.Dense(mask), **options)
+    assert asked == [(True, False, 1)] * 2 + [(True, False, 0)] * 2
+
+
+def test_compiled_functions() -> None:
+    def function(x: torch.Tensor) -> torch.Tensor:
+        return attn_ext.attention(x, x, x) if is_supported(x, x, x) else 2 * x
+
+    x = half_inputs(WIDE)[0]
+    with emulated():
+        torch.testing.assert_close(torch.compile(function)(x), 2 * x)
 
 
 def test_derivatives_beyond_the_first() -> None:
