@@ -40,13 +40,18 @@ __all__ = [
     "attention_decode",
     "attention_varlen",
     "block_sparse_attention",
+    "is_supported",
     "merge",
     "override_sdpa",
     "scaled_dot_product_attention",
+    "why_unsupported",
 ]
 
 _LAZY_MODULES = ("cache", "integrations", "nn", "patterns", "reference", "testing")
-_LAZY_NAMES = {"CacheFullError": "cache", "KVCache": "cache", "PagedKVCache": "cache"}
+_LAZY_NAMES = {
+    **dict.fromkeys(("CacheFullError", "KVCache", "PagedKVCache"), "cache"),
+    **dict.fromkeys(("is_supported", "why_unsupported"), "_support"),
+}
 
 
 def __getattr__(name: str) -> Any:

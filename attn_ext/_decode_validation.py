@@ -11,7 +11,7 @@ from torch import Tensor
 from ._validation import (
     MAX_HEAD_DIM,
     _check_bool,
-    _check_cuda,
+    _check_built_with_cuda,
     _check_number,
     _check_per_head,
     _check_scale,
@@ -43,10 +43,13 @@ def check_attention_decode(
     sinks: Any,
     scale: Any,
     num_splits: Any,
+    contents: bool = True,
 ) -> None:
+    """With `contents`, also that lengths, pages and scales hold what they must, for which a GPU is waited."""
+    contents = contents and not torch.compiler.is_compiling()
     _check_tensor("query", query, FLOAT_DTYPES, query)
     if query.device.type == "cuda":
-        _check_cuda(query)
+        _check_built_with_cuda(query)
     if query.dim() != 4:
         raise ValueError(f"query must be (B, H, L, D), got shape {tuple(query.shape)}")
     batch, heads, _, head_dim = query.shape
@@ -105,9 +108,11 @@ def check_attention_decode(
         left,
         positions,
         prefix_len,
+        contents,
     )
     if appended and not torch.compiler.is_compiling():
         _check_writable(key_cache, value_cache)
+    if appended and contents:
         for name, tensor in (("key_scale", key_scale), ("value_scale", value_scale)):
             if tensor is not None:
                 _check_written_scales(name, tensor, cache_seqlens.long(), block_table, page_size, appended)
@@ -251,8 +256,8 @@ def _check_lengths(
     left: int | None,
     positions: int | None,
     prefix_len: int,
+    contents: bool,
 ) -> None:
-    """The values of tensors that are being traced are not there to look at."""
     batch, _, query_len, _ = query.shape
     _check_tensor("cache_seqlens", cache_seqlens, _INTEGERS, query)
     _check_shape("cache_seqlens", cache_seqlens, (batch,), "one for each sequence")
@@ -261,7 +266,7 @@ def _check_lengths(
         _check_tensor("block_table", block_table, _INTEGERS, query)
         pages_each = block_table.shape[1] if block_table.dim() == 2 else 0
         _check_shape("block_table", block_table, (batch, pages_each), "a row for each sequence")
-    if torch.compiler.is_compiling():
+    if not contents:
         return
     lengths, capacity = cache_seqlens.long(), pages_each * page_size
     if appended > capacity:

@@ -19,6 +19,7 @@ from torch.compiler import is_compiling
 from torch.utils.flop_counter import register_flop_formula
 
 from . import _C  # noqa: F401  (defines the operators)
+from ._validation import unsupported
 
 attention_forward = torch.ops.attn_ext.attention_forward.default
 attention_output = torch.ops.attn_ext.attention_output.default
@@ -149,10 +150,15 @@ def _call_below_autograd(operator: Any, *args: Any) -> Any:
 
 
 def _attend_backward(*args: Any) -> tuple[Tensor, ...]:
-    """The same for `attention_backward`."""
-    if is_compiling() or _is_grad_enabled() or _is_functorch_active() or forward_ad._current_level >= 0:
+    """The same for `attention_backward`; without a kernel, NotImplementedError."""
+    if is_compiling():
         return attention_backward(*args)
-    return _call_below_autograd(attention_backward, *args)
+    try:
+        if _is_grad_enabled() or _is_functorch_active() or forward_ad._current_level >= 0:
+            return attention_backward(*args)
+        return _call_below_autograd(attention_backward, *args)
+    except RuntimeError as error:
+        raise (unsupported(error) or error) from None
 
 
 # --- Shapes and memory layout -------------------------------------------------------------------------------
@@ -180,7 +186,7 @@ def _check_devices(query: Tensor, *others: Any) -> None:
 
 
 @torch.library.register_fake("attn_ext::attention_forward", lib=_library)
-def _attention_forward_fake(
+def attention_forward_fake(
     query: Tensor, key: Tensor, value: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check_devices(query, key, value, *rest)
@@ -200,7 +206,7 @@ def _attention_forward_fake(
 
 @torch.library.register_fake("attn_ext::attention_output", lib=_library)
 def _attention_output_fake(*args: Any) -> Tensor:
-    return _attention_forward_fake(*args)[0]
+    return attention_forward_fake(*args)[0]
 
 
 @torch.library.register_fake("attn_ext::attention_backward", lib=_library)

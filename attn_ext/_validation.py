@@ -23,13 +23,19 @@ BATCH_DIMENSIONS = "the batch dimensions of query, key and value"
 HEADS = "the heads of query, key and value (dimension -3), without enable_gqa,"
 
 
-def explain(check: Callable[..., None], *arguments: Any) -> Exception | None:
-    """What `check` raises for these arguments; None if it finds nothing wrong with them."""
+def explain(error: Exception, check: Callable[..., None], *arguments: Any) -> Exception | None:
+    """What `check` raises for these arguments, or why there is no kernel for them; None: neither is it."""
     try:
         check(*arguments)
     except (TypeError, ValueError, NotImplementedError) as explanation:
         return explanation
-    return None
+    return unsupported(error)
+
+
+def unsupported(error: Exception) -> NotImplementedError | None:
+    """The reason that an operator gives for having no kernel, if that is the error."""
+    _, found, reason = str(error).partition("attention on CUDA: ")
+    return NotImplementedError(reason.partition("\n")[0]) if found else None
 
 
 def broadcast_shapes(what: str, *shapes: tuple[int, ...]) -> tuple[int, ...]:
@@ -355,12 +361,10 @@ def _check_tensors(query: Any, key: Any, value: Any) -> None:
         if _dtype_in_kernel(tensor) != _dtype_in_kernel(query):
             raise TypeError(f"{name} must have the dtype of query, {query.dtype}, got {tensor.dtype}")
     if query.device.type == "cuda":
-        _check_cuda(query)
+        _check_built_with_cuda(query)
 
 
-def _check_cuda(query: Tensor) -> None:
-    if query.dtype == torch.float64:
-        raise NotImplementedError("query must be float32, float16 or bfloat16 on CUDA, got torch.float64")
+def _check_built_with_cuda(query: Tensor) -> None:
     if not torch.compiler.is_compiling() and _C.build_info()["cuda"] is None:
         raise NotImplementedError(
             f"query is on {query.device}, and attn_ext was built without CUDA: build it where nvcc is, with "
@@ -378,9 +382,9 @@ def _check_strided(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name} must be a dense tensor, got layout {tensor.layout}")
 
 
-def _dtype_in_kernel(tensor: Tensor) -> torch.dtype:
-    """The dtype after autocast, which leaves float64 alone."""
-    device = tensor.device.type
+def _dtype_in_kernel(tensor: Tensor, on: torch.device | None = None) -> torch.dtype:
+    """The dtype after autocast, which leaves float64 alone; `on` another device than the tensor's."""
+    device = (on or tensor.device).type
     autocasts = device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
     return torch.get_autocast_dtype(device) if autocasts and tensor.dtype != torch.float64 else tensor.dtype
 
@@ -441,8 +445,6 @@ def _check_dense_mask(name: str, mask: Any, scores: tuple[int, ...], device: tor
             f"{name} must be bool (True = attend), or float32, float64, float16 or bfloat16 (added to "
             f"the scores), got {mask.dtype}"
         )
-    if mask.dtype == torch.float64 and device.type == "cuda":
-        raise NotImplementedError(f"{name} must be bool, float32, float16 or bfloat16 on CUDA, got float64")
     if mask.device != device:
         raise ValueError(f"{name} must be on the device of query, {device}, got {mask.device}")
     trailing = scores[len(scores) - mask.dim() :] if 1 <= mask.dim() <= len(scores) else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -91,7 +92,8 @@ def attention_decode(
         TypeError: an argument has a wrong type or dtype.
         ValueError: shapes do not fit, devices differ, or a number is out of range, in cache_seqlens and
             block_table too (on CUDA: with validate). Nothing has been read through them or written.
-        NotImplementedError: an argument requires grad, and grad mode is on.
+        NotImplementedError: there is no kernel for it, as `why_unsupported` tells beforehand; or an argument
+            requires grad, and grad mode is on.
     """
     arguments = (
         *(query, key_cache, value_cache, cache_seqlens, block_table, new_key, new_value),
@@ -102,24 +104,28 @@ def attention_decode(
         _check(*arguments)
         out, lse = _attend(*arguments)
         return (out, lse) if return_lse else out
-    if not isinstance(validate, bool):
-        raise TypeError(f"validate must be a bool, got {type(validate).__name__}")
+    check_validate(validate)
     if validate and isinstance(query, Tensor) and query.is_cuda:
         _check(*arguments)
     try:
         out, lse = _attend(*arguments)
-    except Exception:
-        explanation = _validation.explain(_check, *arguments)
+    except Exception as error:
+        explanation = _validation.explain(error, _check, *arguments)
         if explanation is None:
             raise
         raise explanation from None
     return (out, lse) if return_lse else out
 
 
-def _check(*arguments: Any) -> None:
+def check_validate(validate: Any) -> None:
+    if not isinstance(validate, bool):
+        raise TypeError(f"validate must be a bool, got {type(validate).__name__}")
+
+
+def _check(*arguments: Any, contents: bool = True) -> None:
     from ._decode_validation import check_attention_decode
 
-    check_attention_decode(*arguments)
+    check_attention_decode(*arguments, contents)
 
 
 def _attend(
@@ -142,7 +148,10 @@ def _attend(
     sinks: Tensor | None,
     scale: float | None,
     num_splits: int | None,
+    attend: Callable[..., tuple[Tensor, ...]] | None = None,
+    call: Callable[..., tuple[Tensor, Tensor]] | None = None,
 ) -> tuple[Tensor, Tensor]:
+    """attend and call, if given, are called in the place of the operators."""
     scale = query.shape[3] ** -0.5 if scale is None else functional._finite(scale)
     left, right = (None, None) if window is None else window
     if (
@@ -170,10 +179,11 @@ def _attend(
             rotary_cos, rotary_sin = rotary_cos[length:], rotary_sin[length:]
         hides = left is not None or new_key is None or new_key.shape[2] < query.shape[2]
         ranges = _visible_prefix(positions, left, length) if hides else None
-        prefix = _attend_prefix(turned, *shared_prefix, positions, ranges, alibi_slopes, scale, softcap)
+        terms = positions, ranges, alibi_slopes, scale, softcap
+        prefix = _attend_prefix(turned, *shared_prefix, *terms, attend or functional._attend)
     if alibi_slopes is not None and alibi_slopes.dim() == 1:
         alibi_slopes = alibi_slopes.unsqueeze(0)
-    suffix = _call(
+    suffix = (call or _call)(
         *(query, key_cache, value_cache, cache_seqlens, block_table, new_key, new_value),
         *(rotary_cos, rotary_sin, key_scale, value_scale, alibi_slopes, sinks),
         *(scale, softcap or 0.0, rotary_interleaved, left, num_splits),
@@ -236,6 +246,7 @@ def _attend_prefix(
     alibi_slopes: Tensor | None,
     scale: float,
     softcap: float | None,
+    attend: Callable[..., tuple[Tensor, ...]],
 ) -> tuple[Tensor, Tensor]:
     """out and lse of all queries of the batch over the prefix, as rows of one problem."""
     batch, heads, query_len, _ = query.shape
@@ -246,7 +257,7 @@ def _attend_prefix(
         bias = slopes * torch.arange(-key.shape[2], 0, device=query.device)
         bias = (bias if query.dtype == torch.float64 else bias.float()).unsqueeze(0)
     options = _ops.Options(bias=bias, key_ranges=key_ranges, scale=scale, softcap=softcap or 0.0)
-    out, lse, _ = functional._attend(rows, key, value, options)
+    out, lse, _ = attend(rows, key, value, options)
     out, lse = (t.view(heads, batch, query_len, *t.shape[3:]).transpose(0, 1) for t in (out, lse))
     return out, lse if alibi_slopes is None else lse - (slopes * positions).transpose(0, 1).to(lse.dtype)
 

@@ -7,6 +7,7 @@ raises, `_validation` looks for what is wrong with them and says so.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -81,9 +82,9 @@ def scaled_dot_product_attention(
             scale = shape[3] ** -0.5 if scale is None else _finite(scale)
             return attend_output(query, key, value, None, None, None, scale, None, 0 if is_causal else None)
         return _attend_broadcast(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    except Exception:
+    except Exception as error:
         arguments = query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
-        explanation = _validation.explain(_validation.check_scaled_dot_product_attention, *arguments)
+        explanation = _validation.explain(error, _validation.check_scaled_dot_product_attention, *arguments)
         if explanation is None:
             raise
         raise explanation from None
@@ -140,8 +141,9 @@ def attention(
     Raises:
         TypeError: an argument has a wrong type or dtype, or key or value another dtype than query.
         ValueError: shapes do not fit, devices differ, or a number is out of range.
-        NotImplementedError: alibi_slopes requires grad, or masks are combined with `|` in a way that would
-            need a larger tensor than they have.
+        NotImplementedError: there is no kernel for it, as `why_unsupported` tells beforehand; alibi_slopes
+            requires grad; or masks are combined with `|` in a way that would need a larger tensor than they
+            have.
     """
     more = bias, softcap, alibi_slopes, sinks, dropout_p, dropout_seed
     if is_compiling():
@@ -149,8 +151,9 @@ def attention(
         return attend_lowered(query, key, value, _lower(mask, query, key), scale, *more, return_lse)
     try:
         return attend_lowered(query, key, value, _lower(mask, query, key), scale, *more, return_lse)
-    except Exception:
-        explanation = _validation.explain(_validation.check_attention, query, key, value, mask, scale, *more)
+    except Exception as error:
+        arguments = query, key, value, mask, scale, *more
+        explanation = _validation.explain(error, _validation.check_attention, *arguments)
         if explanation is None:
             raise
         raise explanation from None
@@ -193,9 +196,7 @@ def block_sparse_attention(
         TypeError: block_mask is no BlockMask, or an argument has a wrong type or dtype.
         ValueError: block_mask is for other lengths, batch size or heads, or as in `attention`.
     """
-    if not isinstance(block_mask, BlockMask):
-        hint = "; attention takes other masks" if isinstance(block_mask, Mask) else ""
-        raise TypeError(f"block_mask must be an attn_ext.BlockMask, got {type(block_mask).__name__}{hint}")
+    check_is_block_mask(block_mask)
     return attention(
         query,
         key,
@@ -212,11 +213,18 @@ def block_sparse_attention(
     )
 
 
+def check_is_block_mask(block_mask: Any) -> None:
+    if not isinstance(block_mask, BlockMask):
+        hint = "; attention takes other masks" if isinstance(block_mask, Mask) else ""
+        raise TypeError(f"block_mask must be an attn_ext.BlockMask, got {type(block_mask).__name__}{hint}")
+
+
 def _is_nested(tensor: Any) -> bool:
     return isinstance(tensor, Tensor) and tensor.is_nested
 
 
 _NO_MASK = LoweredMask()
+_SOME_SEED = torch.empty((), dtype=torch.int64, device="meta")  # where none is drawn
 _NO_BLOCKS = (None, None, None, None)
 
 
@@ -238,11 +246,12 @@ def attend_lowered(
     dropout_seed: int | Tensor | None,
     return_lse: bool,
     alibi_positions: Tensor | None = None,
+    attend: Callable[..., tuple[Tensor, ...]] | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`attention`, of a mask in the terms of the kernels.
 
     Slopes may also be (B or 1, Hq, Lq or 1); alibi_positions (Lq,), int64, are the queries' places among the
-    keys, i + Lk - Lq by default.
+    keys, i + Lk - Lq by default. attend, if given, is called in the operator's place.
     """
     scale = query.shape[3] ** -0.5 if scale is None else _finite(scale)
     if not (bias is softcap is alibi_slopes is sinks is dropout_seed is None and dropout_p == 0.0):
@@ -261,7 +270,7 @@ def attend_lowered(
         if alibi_slopes.dim() < 3:
             alibi_slopes = alibi_slopes.view(-1, alibi_slopes.size(-1), 1)
     if not (softcap or alibi_slopes is not None or sinks is not None or dropout_p or return_lse) and (
-        lowered.query_segments is lowered.blocks is None
+        lowered.query_segments is lowered.blocks is attend is None
     ):
         return _output(
             query,
@@ -274,20 +283,23 @@ def attend_lowered(
             lowered.band_lower,
             lowered.band_upper,
         )
+    seed = None
+    if dropout_p:
+        seed = _seed(dropout_seed, query.device) if attend is None else _SOME_SEED
     options = Options(
         bias,
         sinks,
         *lowered[1:5],
         alibi_slopes,
         alibi_positions,
-        _seed(dropout_seed, query.device) if dropout_p else None,
+        seed,
         *(lowered.blocks or _NO_BLOCKS),
         scale,
         softcap or 0.0,
         dropout_p,
         *lowered[5:7],
     )
-    out, lse, _ = _attend(query, key, value, options)
+    out, lse, _ = (attend or _attend)(query, key, value, options)
     return (out, lse) if return_lse else out
 
 
@@ -318,8 +330,12 @@ def _attend_broadcast(
     is_causal: bool,
     scale: float | None,
     enable_gqa: bool,
+    attend: Callable[..., tuple[Tensor, ...]] | None = None,
 ) -> Tensor:
-    """For any number of dimensions: leading ones are broadcast and flattened into the batch."""
+    """For any number of dimensions: leading ones are broadcast and flattened into the batch.
+
+    attend, if given, is called in the operator's place.
+    """
     q, k, v = query.shape, key.shape, value.shape
     scale = q[-1] ** -0.5 if scale is None else _finite(scale)
     if dropout_p != 0.0:
@@ -335,7 +351,7 @@ def _attend_broadcast(
         and (q[1] == k[1] or enable_gqa)
         and (attn_mask is None or attn_mask.dim() == 4)
     ):  # as the operator takes them
-        return _attend_dense(query, key, value, attn_mask, dropout_p, scale, band_upper)
+        return _attend_dense(query, key, value, attn_mask, dropout_p, scale, band_upper, attend)
 
     batch_shape = broadcast_shapes(BATCH_DIMENSIONS, q[:-3], k[:-3], v[:-3])
     dim = max(len(q), len(k), len(v))
@@ -343,7 +359,7 @@ def _attend_broadcast(
     query, key, value = (
         _flatten_batch(tensor, batch_shape) for tensor in _broadcast_heads(query, key, value, enable_gqa)
     )
-    out = _attend_dense(query, key, value, attn_mask, dropout_p, scale, band_upper)
+    out = _attend_dense(query, key, value, attn_mask, dropout_p, scale, band_upper, attend)
     if len(batch_shape) != 1:
         out = out.unflatten(0, batch_shape) if batch_shape else out.squeeze(0)
     return out if dim > 2 else out.squeeze(0)
@@ -357,19 +373,20 @@ def _attend_dense(
     dropout_p: float,
     scale: float,
     band_upper: int | None,
+    attend: Callable[..., tuple[Tensor, ...]] | None,
 ) -> Tensor:
     boolean = attn_mask is not None and attn_mask.dtype == torch.bool
     bias, mask = (None, attn_mask) if boolean else (attn_mask, None)
-    if dropout_p:
+    if dropout_p or attend is not None:
         options = Options(
             bias=bias,
             mask=mask,
-            dropout_seed=_seed(None, query.device),
+            dropout_seed=_seed(None, query.device) if attend is None else _SOME_SEED,
             scale=scale,
             dropout_p=dropout_p,
             band_upper=band_upper,
         )
-        return _attend(query, key, value, options)[0]
+        return (attend or _attend)(query, key, value, options)[0]
     return _output(query, key, value, bias, mask, None, scale, None, band_upper)
 
 

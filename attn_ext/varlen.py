@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -64,8 +65,7 @@ def attention_varlen(
         TypeError: an argument has a wrong type or dtype, or key or value another dtype than query.
         ValueError: shapes do not fit, devices differ, a number is out of range, or cumulative lengths do not
             start at 0, decrease, or do not end at the number of tokens.
-        NotImplementedError: alibi_slopes requires grad, or masks are combined with `|` in a way that would
-            need a larger tensor than they have.
+        NotImplementedError: as for `attention`.
     """
     tensors = query, key, value
     lengths = cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k
@@ -76,8 +76,9 @@ def attention_varlen(
     try:
         _validation.check_lengths(query, key, *lengths, mask)
         return _attend_packed(*tensors, cu_seqlens_q, cu_seqlens_k, mask, *more, return_lse)
-    except Exception:
-        explanation = _validation.explain(_validation.check_attention_varlen, *tensors, *lengths, mask, *more)
+    except Exception as error:
+        arguments = *tensors, *lengths, mask, *more
+        explanation = _validation.explain(error, _validation.check_attention_varlen, *arguments)
         if explanation is None:
             raise
         raise explanation from None
@@ -95,6 +96,7 @@ def _attend_packed(
     softcap: float | None,
     alibi_slopes: Tensor | None,
     *options: Any,
+    attend: Callable[..., tuple[Tensor, ...]] | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """All as one batch entry, each query with ranges of the keys of its sequence."""
     packing = Packing.of(cu_seqlens_q, cu_seqlens_k, query.shape[0], key.shape[0])
@@ -106,7 +108,8 @@ def _attend_packed(
         positions = packing.kv_begin + packing.query_position + (packing.kv_len - packing.query_len)
         if alibi_slopes.dim() == 2:
             alibi_slopes = alibi_slopes[packing.sequence].T.unsqueeze(0)
-    result = attend_lowered(*views, lowered, scale, bias, softcap, alibi_slopes, *options, positions)
+    more = scale, bias, softcap, alibi_slopes, *options, positions
+    result = attend_lowered(*views, lowered, *more, attend)
     if isinstance(result, Tensor):
         return result.transpose(1, 2).squeeze(0)
     out, lse = result

@@ -1,7 +1,7 @@
 // The kernels of cuda/ copy rows in pieces of 16 bytes, so that is how rows have to lie.
 #pragma once
 #include "bindings/inputs.h"
-#include "cuda/kernels.h"
+#include "bindings/unsupported.h"
 
 namespace attn_ext::bindings {
 
@@ -53,11 +53,5 @@ class AlignedResult {
     return std::move(dense_);
   }
 };
-
-template <class Params>
-void check_supported(const Params& params, const cuda::Device& device) {
-  const char* reason = cuda::unsupported(params, device);
-  STD_TORCH_CHECK(reason == nullptr, "attention on CUDA: ", reason);
-}
 
 }  // namespace attn_ext::bindings

@@ -6,6 +6,7 @@
 #include "bindings/aligned_forward.h"
 #include "bindings/decode_launch.h"
 #include "bindings/dropout_mask.h"
+#include "bindings/support.h"
 
 namespace attn_ext::bindings {
 namespace {
@@ -66,6 +67,10 @@ struct Cuda {
   }
 };
 
+struct CudaDevices {
+  static cuda::Device get(int index) { return cuda::device(index); }
+};
+
 }  // namespace
 }  // namespace attn_ext::bindings
 
@@ -74,4 +79,8 @@ STABLE_TORCH_LIBRARY_IMPL(attn_ext, CUDA, library) {
   attn_ext::bindings::implement_backward<attn_ext::bindings::Cuda>(library);
   attn_ext::bindings::implement_dropout_mask<attn_ext::bindings::Cuda>(library);
   library.impl("attention_decode", attn_ext::bindings::attention_decode<attn_ext::bindings::Cuda>);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(attn_ext, Meta, library) {
+  attn_ext::bindings::implement_support<attn_ext::bindings::CudaDevices>(library);
 }

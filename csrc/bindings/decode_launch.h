@@ -1,6 +1,7 @@
 // How the decoding kernels of cuda/ are called.
 #pragma once
 #include "bindings/decode.h"
+#include "bindings/unsupported.h"
 #include "cuda/decode_plan.h"
 
 namespace attn_ext::bindings {
@@ -20,8 +21,7 @@ struct DecodeWorkspace {
 // Enqueues the kernels by `launch(params, workspace)`.
 template <class Launch>
 void run_planned(const DecodeInputs& inputs, DeviceDecodeParams& params, const cuda::Device& device, Launch&& launch) {
-  const char* reason = cuda::unsupported(params, device);
-  STD_TORCH_CHECK(reason == nullptr, "attention_decode on CUDA: ", reason);
+  check_supported(static_cast<const DecodeParams&>(params), device);
   cuda::plan(params, device);
   const DecodeWorkspace workspace(params, inputs.device);
   launch(params, workspace);

@@ -7,6 +7,7 @@
 #include "bindings/decode_launch.h"
 #include "bindings/dropout_mask.h"
 #include "bindings/launch_memory.h"
+#include "bindings/support.h"
 #include "cuda/variant.h"
 
 extern "C" {  // emulation/api.cpp
@@ -71,6 +72,10 @@ struct Emulated {
   }
 };
 
+struct EmulatedDevices {
+  static cuda::Device get(int) { return emulated_device; }
+};
+
 }  // namespace
 }  // namespace attn_ext::bindings
 
@@ -98,6 +103,12 @@ STABLE_TORCH_LIBRARY(attn_ext_emulated, library) {
   library.def(attn_ext::bindings::kAttentionBackward);
   library.def(attn_ext::bindings::kDropoutMask);
   library.def(attn_ext::bindings::kAttentionDecode);
+  library.def(attn_ext::bindings::kAttentionSupport);
+  library.def(attn_ext::bindings::kDecodeSupport);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(attn_ext_emulated, Meta, library) {
+  attn_ext::bindings::implement_support<attn_ext::bindings::EmulatedDevices>(library);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(attn_ext_emulated, CPU, library) {

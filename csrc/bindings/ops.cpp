@@ -46,6 +46,8 @@ STABLE_TORCH_LIBRARY(attn_ext, library) {
   library.def(attn_ext::bindings::kAttentionOutput);
   library.def(attn_ext::bindings::kAttentionBackward);
   library.def(attn_ext::bindings::kDropoutMask);
+  library.def(attn_ext::bindings::kAttentionSupport);
+  library.def(attn_ext::bindings::kDecodeSupport);
 }
 
 STABLE_TORCH_LIBRARY_IMPL(attn_ext, CPU, library) {

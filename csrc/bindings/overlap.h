@@ -54,6 +54,7 @@ inline bool has_offset(const Lattice& dimensions, size_t at, int64_t offset) {
 
 // Of nested ones of a dtype: few x are left to try in each dimension.
 inline bool overlap(const Tensor& a, const Tensor& b) {
+  if (!a.has_memory() || !b.has_memory()) return false;
   Lattice difference = lattice(a);
   for (Dimension& d : difference) {
     d.first = -d.last;

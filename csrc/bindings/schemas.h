@@ -30,6 +30,17 @@ constexpr const char* kAttentionDecode =
     "Tensor? value_scale, Tensor? alibi_slopes, Tensor? sinks, float scale, float softcap, bool rotary_interleaved, "
     "SymInt? window_left, SymInt? num_splits) -> (Tensor out, Tensor lse)";
 
+// Why no kernel of this device does a call, differentiated so many times; empty: one does.  Tensors are on the meta device, with
+// the sizes and strides of those of the call.
+constexpr const char* kAttentionSupport = "attention_support(Tensor query, Tensor key, Tensor value, " ATTN_EXT_OPTIONS
+                                          ", bool wants_grad_bias, bool wants_grad_sinks, int derivatives, int device) -> str";
+
+constexpr const char* kDecodeSupport =
+    "decode_support(Tensor query, Tensor key_cache, Tensor value_cache, Tensor cache_seqlens, Tensor? block_table, "
+    "Tensor? new_key, Tensor? new_value, Tensor? rotary_cos, Tensor? rotary_sin, Tensor? key_scale, Tensor? value_scale, "
+    "Tensor? alibi_slopes, Tensor? sinks, float scale, float softcap, bool rotary_interleaved, SymInt? window_left, "
+    "SymInt? num_splits, int device) -> str";
+
 constexpr const char* kDropoutMask =
     "dropout_mask(Tensor dropout_seed, float dropout_p, SymInt batch, SymInt heads, SymInt query_begin, "
     "SymInt query_end, SymInt kv_len) -> Tensor";

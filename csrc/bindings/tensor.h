@@ -73,10 +73,15 @@ class Tensor {
   void* data() const {
     void* pointer = nullptr;
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_data_ptr(get(), &pointer));
-    return pointer;
+    return pointer || elements() == 0 ? pointer : nowhere();
   }
+  // A tensor of the meta device has sizes and no memory: what asks whether there is one, and how it lies, gets an address as
+  // aligned as any.
+  bool has_memory() const { return data() != nowhere(); }
 
  private:
+  static void* nowhere() { return reinterpret_cast<void*>(uintptr_t{4096}); }
+
   struct Deleter {
     void operator()(AtenTensorHandle handle) const noexcept { aoti_torch_delete_tensor_object(handle); }
   };

@@ -10,7 +10,7 @@ from unittest import mock
 import torch
 from torch.utils import cpp_extension
 
-from attn_ext import _ops, decode
+from attn_ext import _ops, _support, decode
 
 
 def build_arguments() -> dict[str, list[str]]:
@@ -31,11 +31,14 @@ def attention_by(namespace: str) -> Iterator[None]:
     for name in ("attention_forward", "attention_output", "attention_backward", "dropout_mask"):
         if hasattr(operators, name):
             replaced[name] = getattr(operators, name).default
-    with mock.patch.multiple(
-        _ops,
-        _forward_handle=replaced["attention_forward"]._handle,
-        _output_handle=replaced["attention_output"]._handle,
-        **replaced,
+    with (
+        mock.patch.multiple(
+            _ops,
+            _forward_handle=replaced["attention_forward"]._handle,
+            _output_handle=replaced["attention_output"]._handle,
+            **replaced,
+        ),
+        mock.patch.dict(_support.SELECTORS, cpu=operators),
     ):
         yield
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -63,23 +64,17 @@ def test_gradients(dtype: torch.dtype) -> None:
     assert results[0].stride() == query.stride()
 
 
-@pytest.mark.usefixtures("with_cuda")
-def test_what_cuda_does_not_take() -> None:
-    check_attention(*inputs())
-    with pytest.raises(NotImplementedError, match=r"query must be .* on CUDA, got torch\.float64"):
-        check_attention(*inputs(torch.float64))
-    bias = torch.empty(7, dtype=torch.float64, device="cuda")
-    with pytest.raises(NotImplementedError, match=r"bias must be .* on CUDA, got float64"):
-        check_attention(*inputs(), bias=bias)
-    with pytest.raises(NotImplementedError, match=r"mask Dense must be .* on CUDA, got float64"):
-        check_attention(*inputs(), mask=attn_ext.Dense(bias))
-
-
 def test_an_extension_without_cuda_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_C, "build_info", lambda: {"cuda": None})
     message = "query is on cuda:0, and attn_ext was built without CUDA: .* ATTN_EXT_CUDA=1"
     with pytest.raises(NotImplementedError, match=message):
         check_attention(*inputs())
+    lengths = torch.empty(2, dtype=torch.int32, device="cuda")
+    for reason in (
+        attn_ext.why_unsupported(*inputs()),
+        attn_ext.why_unsupported(*inputs(), lengths, function=attn_ext.attention_decode),
+    ):
+        assert re.match(message, reason)
 
 
 @pytest.mark.usefixtures("with_cuda")
@@ -102,10 +97,6 @@ def test_decoding(dtype: torch.dtype) -> None:
 
 @pytest.mark.usefixtures("with_cuda")
 def test_decoding_that_is_refused() -> None:
-    query, key, value = inputs(torch.float64)
-    lengths = torch.empty(2, dtype=torch.int32, device="cuda")
-    with pytest.raises(NotImplementedError, match=r"query must be .* on CUDA, got torch\.float64"):
-        attn_ext.attention_decode(query, key, value, lengths, window=(0, -1))
     with pytest.raises(ValueError, match="cache_seqlens must be on the device of query, cuda:0, got cpu"):
         attn_ext.attention_decode(*inputs(), torch.empty(2, dtype=torch.int32))
 

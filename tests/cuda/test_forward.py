@@ -139,12 +139,12 @@ def test_selector(
 )
 def test_unsupported(device: Device, dtype: torch.dtype, head_dim: int, reason: str) -> None:
     inputs = make_inputs(1, 1, 4, 4, head_dim, dtype=dtype)
-    with emulated(device=device), pytest.raises(RuntimeError, match=f"attention on CUDA: .*{reason}"):
+    with emulated(device=device), pytest.raises(NotImplementedError, match=reason):
         attn_ext.attention(*inputs)
 
 
 def test_a_bias_of_float64_is_refused() -> None:
-    with emulated(), pytest.raises(RuntimeError, match="a bias of float64 is not read on CUDA devices"):
+    with emulated(), pytest.raises(NotImplementedError, match="a bias of float64 is not read on CUDA"):
         attn_ext.attention(*make_inputs(1, 1, 4, 4), bias=torch.zeros(4).double())
 
 

@@ -257,14 +257,27 @@ def test_gradients_are_the_same_whenever_they_are_computed() -> None:
 
 
 def test_what_is_not_supported() -> None:
-    inputs = gpu_inputs(1, 1, 8, 8, 16)
-    with pytest.raises(NotImplementedError, match="query must be float32, float16 or bfloat16 on CUDA"):
-        attn_ext.attention(*(tensor.double() for tensor in inputs))
-    with pytest.raises(NotImplementedError, match=r"bias must be .* on CUDA, got float64"):
-        attn_ext.attention(*inputs, bias=torch.zeros(8, dtype=torch.float64, device=DEVICE))
+    inputs, wide = gpu_inputs(1, 1, 8, 8, 16), gpu_inputs(1, 1, 8, 8, 300)
+    double = [tensor.double() for tensor in inputs]
     lengths = torch.zeros(1, dtype=torch.int32, device=DEVICE)
-    with pytest.raises(NotImplementedError, match="query must be float32, float16 or bfloat16 on CUDA"):
-        attn_ext.attention_decode(*(tensor.double() for tensor in inputs), lengths)
+    decode = {"function": attn_ext.attention_decode}
+    assert attn_ext.is_supported(*inputs)
+    assert attn_ext.is_supported(*inputs, lengths, **decode)
+    for message, arguments, options in (
+        ("float64 is not computed on CUDA devices", double, {}),
+        ("heads of this size", wide, {}),
+        ("a bias of float64", inputs, {"bias": torch.zeros(8, dtype=torch.float64, device=DEVICE)}),
+        ("float64 is not computed on CUDA devices", [*double, lengths], decode),
+        ("heads of this size", [*wide, lengths], decode),
+    ):
+        allocated = torch.cuda.memory_allocated()
+        reason = attn_ext.why_unsupported(*arguments, **options)
+        assert reason.startswith(message)
+        assert torch.cuda.memory_allocated() == allocated
+        options = dict(options)
+        function = options.pop("function", attn_ext.attention)
+        with pytest.raises(NotImplementedError, match=f"^{reason}$"):
+            function(*arguments, **options)
 
 
 def test_tensors_of_another_device_are_refused() -> None:
