@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from cuda_programs import SOURCES
-from operators import build_arguments, attention_by
+from operators import attention_by, build_arguments
 from programs import ROOT
 
 from tools import emulation
