@@ -46,7 +46,7 @@ from operators import build_arguments
 from problems import BIAS_SHAPES, assert_same_bits, make_bias, make_inputs, run
 from programs import ROOT
 
-from attn_ext import Causal, Dense, KeyLengths, _ops
+from attn_ext import Causal, Dense, KeyLengths, SlidingWindow, _ops
 from attn_ext.testing import check_attention
 from tools import emulation
 
@@ -264,9 +264,16 @@ def non_finite(variant: QueryVariant) -> None:
     assert torch.equal(actual["grad_sinks"], expected["grad_sinks"]), "the sink feels rows without keys"
 
 
+def several_tiles_of_a_bias(variant: QueryVariant) -> None:
+    """More tiles than blocks worth having: some sum two."""
+    if variant.modified:
+        tensors = make_inputs(1, 1, 1500, 1500, 8, dtype=variant.dtype)
+        check_attention(*tensors, bias=torch.randn(1), mask=SlidingWindow(60, 0))
+
+
 PROBLEMS = (
     *(plain, causal, whole, ranges, elements, blocks, scores, sinks),
-    *(biases, huge, many_tiles, non_finite),
+    *(biases, huge, many_tiles, non_finite, several_tiles_of_a_bias),
 )
 
 

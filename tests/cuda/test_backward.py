@@ -310,6 +310,19 @@ def test_gradients_of_biases(case: SimpleNamespace) -> None:
         assert kernels(running, "flash_bias") == [f"flash_bias_gradient_{variant.name}"]
 
 
+@pytest.mark.parametrize(
+    ("dtype", "shape"), [(torch.bfloat16, (1,)), (torch.float16, (1500,)), (torch.float32, (1500, 1))]
+)
+def test_blocks_that_sum_several_tiles_of_a_bias(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """Where there are more tiles than blocks worth having."""
+    inputs = make_inputs(1, 1, 1500, 1500, 8, dtype=dtype)
+    with emulated() as running:
+        check_attention(*inputs, bias=torch.randn(shape), mask=SlidingWindow(60, 0))
+        launches = running.statistics()["launches"]
+    (blocks,) = (launch["grid"][0] for launch in launches if launch["kernel"].startswith("flash_bias"))
+    assert blocks <= 1024 < (1500 // 64 + 1) * (1500 // 32 + 1)
+
+
 @pytest.mark.parametrize("layout", ["columns first", "heads last", "expanded", "spaced"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_layouts_of_biases(dtype: torch.dtype, layout: str) -> None:
