@@ -75,10 +75,10 @@ MUTANTS = (
         "  // all copies have arrived",
     ),
     plain(
-        "deltas are read before they are written",
+        "terms of the first warp's rows",
         QUERY,
-        "  __syncwarp();\n  const typename",
-        "  const typename",
+        "first_row + row0 + mi * 16 + Place::first_query()",
+        "first_row + mi * 16 + Place::first_query()",
     ),
     single(
         "keys are overwritten while they are read",
