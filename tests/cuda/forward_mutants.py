@@ -15,6 +15,7 @@ class Mutant(NamedTuple):
 
 FORWARD, MMA, FMA, TILE = (f"cuda/{name}.cuh" for name in ("flash_forward", "mma", "fma", "tile"))
 SOFTMAX, SCORES, VISITOR = (f"cuda/{name}.cuh" for name in ("softmax", "scores", "key_visitor"))
+FACTORS = "cuda/score_factors.h"
 KEYS, GUARD, ACCUMULATORS = (f"cuda/{name}.cuh" for name in ("visible_keys", "value_guard", "accumulators"))
 DROPOUT, MASK, ONLINE = (f"core/{name}.h" for name in ("dropout", "mask", "online_softmax"))
 
@@ -23,14 +24,14 @@ MUTANTS = (
     Mutant(
         "no barrier before the queries are read",
         FORWARD,
-        "  __syncthreads();\n  products.fetch_query();",
-        "  products.fetch_query();",
+        "  __syncthreads();\n  own_queries.fetch();",
+        "  own_queries.fetch();",
     ),
     Mutant(
         "no wait for the first keys",
         FORWARD,
-        "  cp_async_wait<0>();\n  __syncthreads();\n  products",
-        "  __syncthreads();\n  products",
+        "  cp_async_wait<0>();\n  __syncthreads();\n  own_queries",
+        "  __syncthreads();\n  own_queries",
     ),
     Mutant(
         "no barrier before the products of keys",
@@ -226,9 +227,9 @@ MUTANTS = (
     # Scores and weights
     Mutant(
         "softcap not divided by",
-        SCORES,
-        "static_cast<float>(score.scale / score.softcap), cap",
-        "static_cast<float>(score.scale), cap",
+        FACTORS,
+        "score.scale / score.softcap",
+        "score.scale",
     ),
     Mutant(
         "tanh of small numbers to the first order",
@@ -238,9 +239,14 @@ MUTANTS = (
         "f32_32",
     ),
     Mutant("bias of the first head", SCORES, "+ head_ * bias.stride_head", ""),
-    Mutant("bias of row 0", SCORES, "first + query(mi, h) * bias.stride_row", "first"),
-    Mutant("columns of the bias are adjacent", SCORES, "at[e * bias.stride_column]", "at[e]"),
-    Mutant("bias past the last key", SCORES, "            if (8 * j + e >= existing) continue;\n", ""),
+    Mutant("bias of row 0", SCORES, "first + query(q) * bias.stride_row", "first"),
+    Mutant(
+        "columns of the bias are adjacent",
+        SCORES,
+        "Place::key_offset(k) * bias.stride_column",
+        "Place::key_offset(k)",
+    ),
+    Mutant("bias past the last key", SCORES, "        if (Place::key_offset(k) >= existing) continue;\n", ""),
     Mutant(
         "bias of -inf is added to what may be NaN",
         SCORES,
@@ -255,23 +261,23 @@ MUTANTS = (
     Mutant(
         "ALiBi of signed distances",
         SCORES,
-        "fabsf(distance - static_cast<float>(8 * j + e))",
-        "(distance - static_cast<float>(8 * j + e))",
+        "fabsf(distance - static_cast<float>(Place::key_offset(k)))",
+        "(distance - static_cast<float>(Place::key_offset(k)))",
     ),
     Mutant(
         "philox words in another order",
         SCORES,
-        "weights[mi][block + word]",
-        "weights[mi][block + (word ^ 1)]",
+        "(2 * (run + word) + half)",
+        "(2 * (run + (word ^ 1)) + half)",
     ),
     Mutant("philox halves swapped", SCORES, "words[word] >> 16 * half", "words[word] >> 16 * (1 - half)"),
     Mutant(
         "philox counts the key head",
         SCORES,
-        "static_cast<uint32_t>(head_), ",
-        "static_cast<uint32_t>(head_ / 2), ",
+        "static_cast<uint32_t>(head), static_cast<uint32_t>(batch)",
+        "static_cast<uint32_t>(head / 2), static_cast<uint32_t>(batch)",
     ),
-    Mutant("threshold one too high", SCORES, ") < p_.dropout.threshold", ") <= p_.dropout.threshold + 40"),
+    Mutant("threshold one too high", SCORES, ") < p.dropout.threshold", ") <= p.dropout.threshold + 40"),
     Mutant(
         "lse knows of dropout",
         FORWARD,
@@ -361,7 +367,7 @@ MUTANTS = (
     ),
     Mutant("infinite values are dropped", FORWARD, "      guard.add(o);\n", ""),
     Mutant("rows see what is not finite in their neighbour", GUARD, "quad + k % 8 / 2", "quad + k % 4"),
-    Mutant("every row sees what is not finite", GUARD, "if (scores[mi][j][2 * h + e] != -INFINITY) ", ""),
+    Mutant("every row sees what is not finite", GUARD, "if (x[mi][j][2 * h + e] != hidden) ", ""),
     Mutant("only the lower half is looked at", GUARD, ": 0x00800080;", ": 0x00000080;"),
     # Stores
     Mutant(
