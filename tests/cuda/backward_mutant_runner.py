@@ -262,6 +262,9 @@ def non_finite(variant: QueryVariant) -> None:
     expected = run(query, key, value, mask=mask, sinks=sink, grad_out=grad_out)
     actual = run(query, key, value, mask=mask, sinks=sink, grad_out=bad_grad)
     assert torch.equal(actual["grad_sinks"], expected["grad_sinks"]), "the sink feels rows without keys"
+    bad_grad.fill_(torch.nan)
+    actual = run(query, key, value, sinks=torch.full((4,), -torch.inf), grad_out=bad_grad)
+    assert not actual["grad_sinks"].any(), "a sink that is none feels something"
 
 
 def several_tiles_of_a_bias(variant: QueryVariant) -> None:
