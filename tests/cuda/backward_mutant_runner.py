@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import math
 import re
 import sys
 from collections import Counter
@@ -204,13 +205,16 @@ def biases(variant: QueryVariant) -> None:
 
 
 def huge(variant: QueryVariant) -> None:
-    """And scores whose lse is between what one float can and what it cannot hold."""
+    """And equal scores, whose weights depend on what rounding lse lost."""
     tensors = inputs(variant)
     out_shape = *tensors[0].shape[:3], tensors[2].size(-1)
     grad_out = torch.randn(out_shape, dtype=variant.dtype) / 64
     for scale in (3e2, 3e3):
         check_attention(*tensors, scale=scale, mask=Causal("bottom_right"), grad_out=grad_out, lse=False)
     check_attention(*inputs(variant, 0.3), mask=KeyLengths([0, 9]), sinks=torch.tensor([3.0, -60, 90, -3e4]))
+    query, key = (torch.full((1, 1, rows, 8), 2.0, dtype=variant.dtype) for rows in (20, 70))
+    results = run(query, key, torch.randn_like(key), scale=4096 * math.log(2))  # exact in units of log2
+    torch.testing.assert_close(results["grad_value"], torch.full_like(key, 20 / 70))
 
 
 def whole(variant: QueryVariant) -> None:
@@ -262,6 +266,9 @@ def non_finite(variant: QueryVariant) -> None:
     expected = run(query, key, value, mask=mask, sinks=sink, grad_out=grad_out)
     actual = run(query, key, value, mask=mask, sinks=sink, grad_out=bad_grad)
     assert torch.equal(actual["grad_sinks"], expected["grad_sinks"]), "the sink feels rows without keys"
+    bad_grad.fill_(torch.nan)
+    actual = run(query, key, value, sinks=torch.full((4,), -torch.inf), grad_out=bad_grad)
+    assert not actual["grad_sinks"].any(), "a sink that is none feels something"
 
 
 def several_tiles_of_a_bias(variant: QueryVariant) -> None:

@@ -653,3 +653,17 @@ def test_what_nobody_sees_is_never_felt(dtype: torch.dtype, bad: float, columns:
                     bad_query, bad_key, bad_value, mask=mask, grad_out=bad_grad, grad_lse=bad_lse, **extra
                 )
                 assert_same_bits(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_sink_that_is_none_feels_nothing(dtype: torch.dtype) -> None:
+    """Nor do sinks feel the gradients of rows without keys."""
+    inputs = make_inputs(2, 3, 40, 20, 16, dtype=dtype)
+    sinks, grad_out = torch.tensor([-torch.inf, 1.0, 0.0]), torch.randn(2, 3, 40, 16, dtype=dtype)
+    with emulated():
+        expected = run(*inputs, sinks=sinks, mask=Causal("bottom_right"), grad_out=grad_out)
+        grad_out[:, 1:, 3] = torch.nan  # which sees nothing
+        grad_out[:, 0, 30] = torch.nan
+        actual = run(*inputs, sinks=sinks, mask=Causal("bottom_right"), grad_out=grad_out)
+    assert actual["grad_sinks"][0] == 0
+    assert torch.equal(actual["grad_sinks"], expected["grad_sinks"])
