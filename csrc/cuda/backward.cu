@@ -52,7 +52,8 @@ bool better(const BackwardVariant& a, const BackwardVariant& b) {
   return columns_a != columns_b ? columns_a < columns_b : !a.modified && b.modified;
 }
 
-const BackwardVariant* select(Variants variants, const BackwardParams& p, const Device& device, KeyOutputs outputs = KeyOutputs::both) {
+const BackwardVariant* select(Variants variants, const BackwardParams& p, const Device& device,
+                              KeyOutputs outputs = KeyOutputs::both) {
   const BackwardVariant* best = nullptr;
   for (const BackwardVariant* v : variants)
     if (v->outputs == outputs && runs(*v, p, device) && (!best || better(*v, *best))) best = v;
@@ -79,9 +80,13 @@ struct Plan {
     of_keys = key ? meetings_variant(*key, true) : nullptr;
     of_queries = query ? meetings_variant(*query, false) : nullptr;
   }
-  bool is_complete(const BackwardParams& p) const { return key && query && of_keys && of_queries && (bias || !p.grad_bias.data); }
+  bool is_complete(const BackwardParams& p) const {
+    return key && query && of_keys && of_queries && (bias || !p.grad_bias.data);
+  }
 
-  int64_t key_blocks(const BackwardParams& p) const { return tiles(p.shape.kv_len, key->keys) * p.shape.kv_heads * p.shape.batch; }
+  int64_t key_blocks(const BackwardParams& p) const {
+    return tiles(p.shape.kv_len, key->keys) * p.shape.kv_heads * p.shape.batch;
+  }
   int64_t query_blocks(const BackwardParams& p) const {
     return tiles(p.shape.query_len, query->queries) * p.shape.heads * p.shape.batch;
   }
@@ -137,7 +142,8 @@ BackwardArguments arguments_in(Memory& memory, const BackwardParams& p, const Pl
   a.of_keys = meetings(tiles(shape.kv_len, plan.key->keys), tiles(shape.query_len, plan.key->queries));
   a.of_queries = meetings(tiles(shape.query_len, plan.query->queries), tiles(shape.kv_len, plan.query->keys));
   a.bias.splits = static_cast<int>(plan.bias_splits(p));
-  a.bias.partials = a.bias.splits > 1 ? memory.take<float>(a.bias.splits * p.grad_bias_elements) : static_cast<float*>(p.grad_bias.data);
+  a.bias.partials = static_cast<float*>(p.grad_bias.data);
+  if (a.bias.splits > 1) a.bias.partials = memory.take<float>(a.bias.splits * p.grad_bias_elements);
   return a;
 }
 
@@ -168,7 +174,8 @@ void backward(const BackwardParams& p, void* workspace, const Stream& stream) {
   Memory memory(workspace);
   const BackwardArguments a = arguments_in(memory, p, plan);
   const AttentionShape& shape = p.shape;
-  const bool has_queries = shape.batch && shape.heads && shape.query_len, has_keys = shape.batch && shape.kv_heads && shape.kv_len;
+  const bool has_queries = shape.batch && shape.heads && shape.query_len;
+  const bool has_keys = shape.batch && shape.kv_heads && shape.kv_len;
   if (has_queries) prepare_rows(a, stream);
   if (has_queries && has_keys) {
     plan.of_keys->launch(a, stream, *plan.of_keys);

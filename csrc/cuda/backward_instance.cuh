@@ -11,8 +11,11 @@ constexpr bool is_modified() {
 }
 template <class F>
 constexpr KeyOutputs outputs_of() {
-  if constexpr (requires { F::kOfKey; }) return F::kOfKey && F::kOfValue ? KeyOutputs::both : F::kOfKey ? KeyOutputs::key : KeyOutputs::value;
-  else return KeyOutputs::both;
+  if constexpr (requires { F::kOfKey; }) {
+    return F::kOfKey && F::kOfValue ? KeyOutputs::both : F::kOfKey ? KeyOutputs::key : KeyOutputs::value;
+  } else {
+    return KeyOutputs::both;
+  }
 }
 
 template <class F, auto kKernel>

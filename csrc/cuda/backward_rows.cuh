@@ -12,13 +12,17 @@ namespace attn_ext::cuda {
 constexpr float kLargestRounded = 1 << 10;
 
 template <class T>
+DEVICE float half_of(uint32_t word, int i) {
+  return to_float(T{static_cast<uint16_t>(word >> 16 * i)});
+}
+template <class T>
 DEVICE float dot_chunk(uint4 a, uint4 b, float sum) {
   constexpr int kPerWord = 4 / sizeof(T);
   const uint32_t x[4] = {a.x, a.y, a.z, a.w}, y[4] = {b.x, b.y, b.z, b.w};
   UNROLL for (int word = 0; word < 4; ++word)
     UNROLL for (int i = 0; i < kPerWord; ++i) {
       if constexpr (kPerWord == 1) sum = fused(bit_cast<float>(x[word]), bit_cast<float>(y[word]), sum);
-      else sum = fused(to_float(T{static_cast<uint16_t>(x[word] >> 16 * i)}), to_float(T{static_cast<uint16_t>(y[word] >> 16 * i)}), sum);
+      else sum = fused(half_of<T>(x[word], i), half_of<T>(y[word], i), sum);
     }
   return sum;
 }

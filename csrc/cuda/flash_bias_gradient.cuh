@@ -48,7 +48,8 @@ __global__ void __launch_bounds__(F::kThreads, 1) flash_bias_gradient(const __gr
     index /= count;
     return taken;
   };
-  const int own_key = take(tile, spans.key.owned), own_query = take(tile, spans.query.owned), own_head = take(tile, spans.head.owned);
+  const int own_key = take(tile, spans.key.owned), own_query = take(tile, spans.query.owned);
+  const int own_head = take(tile, spans.head.owned);
   const int own_batch = static_cast<int>(tile);
 
   const TileCopy<typename F::Query, kThreads> query_copy(shape.head_dim);
@@ -78,11 +79,14 @@ __global__ void __launch_bounds__(F::kThreads, 1) flash_bias_gradient(const __gr
     find_visible<Place>(seen, p, batch, head, query0 + row0, key0);
     UNROLL for (int q = 0; q < Place::kQueries; ++q) any |= seen[q];
     if (!__syncthreads_or(any != 0)) continue;  // and the tiles before are read
-    query_copy.clipped(shared0 + F::kQueryTile, query_copy.rows(head_of<T>(p.query, batch, head), p.query.stride_row, shape.query_len), m);
+    query_copy.clipped(shared0 + F::kQueryTile,
+                       query_copy.rows(head_of<T>(p.query, batch, head), p.query.stride_row, shape.query_len), m);
     grad_copy.clipped(shared0 + F::kGradOutTile,
                       grad_copy.rows(head_of<T>(p.grad_out, batch, head), p.grad_out.stride_row, shape.query_len), m);
-    key_copy.clipped(shared0 + F::kKeyTile, key_copy.rows(head_of<T>(p.key, batch, kv_head), p.key.stride_row, shape.kv_len), n);
-    value_copy.clipped(shared0 + F::kValueTile, value_copy.rows(head_of<T>(p.value, batch, kv_head), p.value.stride_row, shape.kv_len), n);
+    key_copy.clipped(shared0 + F::kKeyTile,
+                     key_copy.rows(head_of<T>(p.key, batch, kv_head), p.key.stride_row, shape.kv_len), n);
+    value_copy.clipped(shared0 + F::kValueTile,
+                       value_copy.rows(head_of<T>(p.value, batch, kv_head), p.value.stride_row, shape.kv_len), n);
     cp_async_commit();
     const ScoreTerms<Place> terms(p, a.factors, batch, head, query0 + row0);
     ModifiedScores<Place, T> modified(a);

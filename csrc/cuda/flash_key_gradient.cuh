@@ -68,7 +68,8 @@ __global__ void __launch_bounds__(F::kThreads, 1) flash_key_gradient(const __gri
   TileWalk& walk = *reinterpret_cast<TileWalk*>(shared + F::kWalk);
   const auto copy = [&](const MetTile& from, uint32_t stage) {
     const int batch = walk.own().batch;
-    const Rows query = queries.of(query_copy, batch, from.head, from.nth_head), grad = grads.of(grad_copy, batch, from.head, from.nth_head);
+    const Rows query = queries.of(query_copy, batch, from.head, from.nth_head);
+    const Rows grad = grads.of(grad_copy, batch, from.head, from.nth_head);
     const uint32_t to = shared0 + F::kFirstStage + stage * F::kStageBytes;
     if ((from.tile() + 1) * M <= static_cast<int>(shape.query_len)) {
       query_copy.whole(to + F::kQueryTile, query, from.tile());
@@ -93,11 +94,12 @@ __global__ void __launch_bounds__(F::kThreads, 1) flash_key_gradient(const __gri
   const TileCopy<typename F::Key, kThreads> key_copy(shape.head_dim);
   const TileCopy<typename F::Value, kThreads> value_copy(key_copy, shape.value_dim);
   key_copy.clear_columns(shared + F::kKeyTile);
-  key_copy.clipped(shared0 + F::kKeyTile, key_copy.rows(head_of<T>(p.key, own.batch, own.head), p.key.stride_row, shape.kv_len), own.tile);
+  key_copy.clipped(shared0 + F::kKeyTile, key_copy.rows(head_of<T>(p.key, own.batch, own.head), p.key.stride_row, shape.kv_len),
+                   own.tile);
   if constexpr (F::kOfKey) {
     value_copy.clear_columns(shared + F::kValueTile);
-    value_copy.clipped(shared0 + F::kValueTile, value_copy.rows(head_of<T>(p.value, own.batch, own.head), p.value.stride_row, shape.kv_len),
-                       own.tile);
+    const Rows values = value_copy.rows(head_of<T>(p.value, own.batch, own.head), p.value.stride_row, shape.kv_len);
+    value_copy.clipped(shared0 + F::kValueTile, values, own.tile);
   }
   __syncthreads();  // the first tiles are known
   fetch(0, 0);
@@ -123,7 +125,8 @@ __global__ void __launch_bounds__(F::kThreads, 1) flash_key_gradient(const __gri
     const bool precise = F::kAlwaysPrecise || walk.at(turn).precise();
     const int query0 = walk.at(turn).tile() * M;
     const uint32_t query_at = F::kFirstStage + stage * F::kStageBytes + F::kQueryTile, grad_at = query_at + F::kGradOutTile;
-    const auto* const rows = reinterpret_cast<const float*>(shared + F::kRows + stage * F::kRowsBytes) + RowTerms::normalizer(Place::first_query());
+    const auto* const rows =
+        reinterpret_cast<const float*>(shared + F::kRows + stage * F::kRowsBytes) + RowTerms::normalizer(Place::first_query());
     const ValueGuard<typename F::Query, Math, decltype(query_copy), MI> query_guard(query_copy, shared + query_at);
     ValueGuard<typename F::GradOut, Math, decltype(grad_copy), MI> grad_guard(grad_copy, shared + grad_at);
     bool finite = true;
@@ -142,15 +145,20 @@ __global__ void __launch_bounds__(F::kThreads, 1) flash_key_gradient(const __gri
     clear(s);
     Math::product_abt(s, own_keys, key_tile, query_at);
     if constexpr (F::kModified) {
-      modified.template apply<kIsPartial>(s, ScoreTerms<Place>(p, a.factors, walk.own().batch, walk.at(turn).head, query0), walk.own().tile * N + row0);
+      const BlockTile at = walk.own();
+      const ScoreTerms<Place> terms(p, a.factors, at.batch, walk.at(turn).head, query0);
+      modified.template apply<kIsPartial>(s, terms, at.tile * N + row0);
     } else if (precise) {
       for_pairs<Place>([&](int q, int k) { Place::at(s, q, k) *= a.factors.scale_log2; });
     }
-    if constexpr (kIsPartial) hide<Place>(s, [&](int q) { return bits.visible(Place::first_query() + Place::query_offset(q), row0); });
+    if constexpr (kIsPartial) {
+      hide<Place>(s, [&](int q) { return bits.visible(Place::first_query() + Place::query_offset(q), row0); });
+    }
     if (precise) {
       precise_weights<Place, kIsPartial>(s, RowNormalizers(p, walk.own().batch, walk.at(turn).head), query0);
     } else {
-      weights<Place, kIsPartial>(s, a.factors.scale_log2, [&](int q) { return rows[RowTerms::normalizer(q / 2 * 8) + q % 2]; });
+      weights<Place, kIsPartial>(s, a.factors.scale_log2,
+                                 [&](int q) { return rows[RowTerms::normalizer(q / 2 * 8) + q % 2]; });
     }
 
     Accumulators<MI, F::NJ> dp;  // less D_i, unless it is modified
@@ -181,8 +189,8 @@ __global__ void __launch_bounds__(F::kThreads, 1) flash_key_gradient(const __gri
       modified.drop(left);
       modified.through_softcap(s);
     }
-    // Tiles that may have to be cleaned are multiplied before: what is not finite has made dS of the keys that are seen 0 or NaN,
-    // but is to be felt by dV.
+    // Tiles that may have to be cleaned are multiplied before: what is not finite has made dS of the keys that are seen 0 or
+    // NaN, but is to be felt by dV.
     if constexpr (F::kOfKey && kIsPartial) multiply_dp();
     if constexpr (F::kOfValue) {
       if (!finite) {
@@ -217,8 +225,10 @@ __global__ void __launch_bounds__(F::kThreads, 1) flash_key_gradient(const __gri
 
   const BlockTile of = walk.own();
   const auto store = [&](auto& gradient, float by, unsigned char* staging, const TensorView& to, auto staged, int64_t columns) {
-    for_elements<MI, sizeof(gradient[0]) / sizeof(gradient[0][0])>([&](int mi, int h, int j, int e) { gradient[mi][j][2 * h + e] *= by; });
-    store_rows<Math, decltype(staged)>(gradient, staging, row0, head_of<T>(to, of.batch, of.head) + of.tile * N * to.stride_row, to.stride_row,
+    constexpr int kBlocks = sizeof(gradient[0]) / sizeof(gradient[0][0]);
+    for_elements<MI, kBlocks>([&](int mi, int h, int j, int e) { gradient[mi][j][2 * h + e] *= by; });
+    store_rows<Math, decltype(staged)>(gradient, staging, row0,
+                                       head_of<T>(to, of.batch, of.head) + of.tile * N * to.stride_row, to.stride_row,
                                        static_cast<int>(shape.kv_len) - of.tile * N, static_cast<int>(columns));
   };
   if constexpr (F::kOfKey) {

@@ -88,9 +88,10 @@ __global__ void __launch_bounds__(F::kThreads, 1) flash_query_gradient(const __g
   const TileCopy<typename F::GradOut, kThreads> grad_copy(query_copy, shape.value_dim);
   query_copy.clear_columns(shared + F::kQueryTile);
   grad_copy.clear_columns(shared + F::kGradOutTile);
-  query_copy.clipped(shared0 + F::kQueryTile, query_copy.rows(head_of<T>(p.query, own.batch, own.head), p.query.stride_row, shape.query_len), own.tile);
-  grad_copy.clipped(shared0 + F::kGradOutTile, grad_copy.rows(head_of<T>(p.grad_out, own.batch, own.head), p.grad_out.stride_row, shape.query_len),
-                    own.tile);
+  const Rows queries = query_copy.rows(head_of<T>(p.query, own.batch, own.head), p.query.stride_row, shape.query_len);
+  const Rows grads = grad_copy.rows(head_of<T>(p.grad_out, own.batch, own.head), p.grad_out.stride_row, shape.query_len);
+  query_copy.clipped(shared0 + F::kQueryTile, queries, own.tile);
+  grad_copy.clipped(shared0 + F::kGradOutTile, grads, own.tile);
   __syncthreads();  // the first tiles are known
   fetch(0, 0);
 
@@ -102,12 +103,21 @@ __global__ void __launch_bounds__(F::kThreads, 1) flash_query_gradient(const __g
   if (lane_index() % 4 == 0) {
     UNROLL for (int mi = 0; mi < MI; ++mi) {
       const int64_t row = first_row + row0 + mi * 16 + Place::first_query();
-      const float upper = a.rows.terms[RowTerms::minus_delta(row)], lower = a.rows.terms[RowTerms::minus_delta(row + 8)];
+      const float* const terms = a.rows.terms;
+      const float upper = terms[RowTerms::minus_delta(row)], lower = terms[RowTerms::minus_delta(row + 8)];
       deltas[own_pair + mi * 8] = make_float4(upper, upper, lower, lower);
-      normalizers[own_pair + mi * 8] = make_float2(a.rows.terms[RowTerms::normalizer(row)], a.rows.terms[RowTerms::normalizer(row + 8)]);
+      normalizers[own_pair + mi * 8] = make_float2(terms[RowTerms::normalizer(row)], terms[RowTerms::normalizer(row + 8)]);
     }
   }
   __syncwarp();
+  const auto normalizer_of = [&](int q) {
+    const float2& pair = normalizers[own_pair + q / 2 * 8];
+    return q % 2 ? pair.y : pair.x;
+  };
+  const auto delta_of = [&](int q) {
+    const float4& pair = deltas[own_pair + q / 2 * 8];
+    return q % 2 ? pair.z : pair.x;
+  };
   const typename Math::template Tiles<kKeyColumns> key_tile(shared, row0);
   const typename Math::template Tiles<kValueColumns> value_tile(key_tile, shared, row0);
   const typename Math::template Rows<kKeyColumns, MI> own_queries(key_tile, F::kQueryTile);
@@ -150,12 +160,12 @@ __global__ void __launch_bounds__(F::kThreads, 1) flash_query_gradient(const __g
     }
     if constexpr (kIsPartial) hide<Place>(s, [&](int q) { return seen[q]; });
     if (precise) precise_weights<Place, kIsPartial>(s, RowNormalizers(p, at.batch, at.head), own0);
-    else weights<Place, kIsPartial>(s, a.factors.scale_log2, [&](int q) { return q % 2 ? normalizers[own_pair + q / 2 * 8].y : normalizers[own_pair + q / 2 * 8].x; });
+    else weights<Place, kIsPartial>(s, a.factors.scale_log2, normalizer_of);
     if constexpr (F::kModified) {
       modified.through_softcap(s);
       clear(dp);
       Math::product_abt(dp, own_grads, value_tile, value_at);
-      modified.template gradient<kIsPartial>(dp, s, [&](int q) { return q % 2 ? deltas[own_pair + q / 2 * 8].z : deltas[own_pair + q / 2 * 8].x; });
+      modified.template gradient<kIsPartial>(dp, s, delta_of);
     } else {
       UNROLL for (int mi = 0; mi < MI; ++mi) {
         const float4 delta = deltas[own_pair + mi * 8];

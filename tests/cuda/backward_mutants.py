@@ -193,8 +193,8 @@ MUTANTS = (
     plain(
         "normalizer of the row 8 before",
         QUERY,
-        "a.rows.terms[RowTerms::normalizer(row + 8)]",
-        "a.rows.terms[RowTerms::normalizer(row)]",
+        "terms[RowTerms::normalizer(row + 8)]",
+        "terms[RowTerms::normalizer(row)]",
     ),
     Mutant(
         "deltas of the first 16 rows",
