@@ -67,7 +67,10 @@ def test_parts_of_every_dtype(dtype):
     assert lse.dtype == expected_lse.dtype
     rounding = torch.finfo(dtype).eps * float(inputs[2].abs().max())  # once for each part and each result
     torch.testing.assert_close(out, expected, atol=4 * rounding, rtol=0)
-    torch.testing.assert_close(lse, expected_lse)
+    if dtype.itemsize > 2:
+        torch.testing.assert_close(lse, expected_lse)
+    else:  # weights may be exact to their dtype only
+        torch.testing.assert_close(lse, expected_lse, atol=4 * torch.finfo(dtype).eps, rtol=0)
 
 
 def test_gradients():

@@ -35,8 +35,9 @@ MODIFIERS = tuple(feature for feature in FEATURES if feature != "sinks")  # of s
 
 
 def kernels(running: Any) -> list[str]:
-    """The names of the variants that ran."""
-    return [launch["kernel"].removeprefix("flash_forward_") for launch in running.statistics()["launches"]]
+    """The names of the forward variants that ran."""
+    names = (launch["kernel"] for launch in running.statistics()["launches"])
+    return [name.removeprefix("flash_forward_") for name in names if name.startswith("flash_forward_")]
 
 
 def off_edge(tile: int, tiles: int, offset: int) -> int:
@@ -284,7 +285,8 @@ def test_dropout(p: float, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("causal", [False, True])
 def test_huge_scores(dtype: torch.dtype, magnitude: float, causal: bool) -> None:
     """The gradients need what rounding lse lost: its unit in the last place is a factor in every weight."""
-    inputs = make_inputs(1, 2, 70, 150, 32, dtype=dtype)
+    query, key, value = make_inputs(1, 2, 70, 150, 32, dtype=dtype)
+    inputs = query, key, value / 64  # so that no gradient is near the largest fp16
     with emulated():
         check_attention(*inputs, mask=Causal("bottom_right") if causal else None, scale=magnitude)
 

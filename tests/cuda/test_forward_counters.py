@@ -107,7 +107,7 @@ def source_of(site: dict[str, Any]) -> str:
     """The innermost function that accesses memory."""
     name, _, line = site["where"].split(" < ")[0].partition(":")
     lines = (ROOT / "csrc" / "cuda" / name).read_text().splitlines()[: int(line)]
-    return next(text for text in reversed(lines) if text.startswith(("DEVICE", "  DEVICE", "__global__")))
+    return next(text for text in reversed(lines) if text.lstrip().startswith(("DEVICE", "__global__")))
 
 
 def documents(query_len: int, kv_len: int) -> Segments:
