@@ -94,7 +94,7 @@ def test_shared_memory_of_forwards_is_that_of_the_report():
 
 
 def test_instructions_are_those_that_the_report_tells():
-    """Estimated without it, they are nearly as many."""
+    """Estimated without it, those of a forward are nearly as many."""
     report = committed_report()
     kernels, _ = parse_variants((ROOT / "csrc" / "core" / "variants.def").read_text())
     for kernel in kernels:
@@ -102,7 +102,8 @@ def test_instructions_are_those_that_the_report_tells():
             continue
         compiled = report["80", f"{kernel.kind.lower()}_{kernel.name}"]
         assert work(kernel, compiled).instructions == compiled.turn * kernel.warps
-        assert work(kernel).instructions == pytest.approx(work(kernel, compiled).instructions, rel=0.06)
+        if kernel.kind == "FORWARD":
+            assert work(kernel).instructions == pytest.approx(compiled.turn * kernel.warps, rel=0.06)
 
 
 def test_rows_of_the_report_are_read():

@@ -96,9 +96,11 @@ __global__ void __launch_bounds__(F::kThreads, 1) flash_forward(const __grid_con
 
     if constexpr (F::kModified) terms.template apply<kPartial>(s, n * N);
     if constexpr (kPartial) {
-      uint32_t seen[Place::kQueries];
-      find_visible<Place>(seen, p, batch, head, query0 + row0, n * N);
-      hide<Place>(s, [&](int q) { return seen[q]; });
+      const VisibleKeys<N> visible(p, batch, head, n * N);
+      hide<Place>(s, [&](int q) {  // rows past the end count as the last one: whatever they see is dropped
+        const int query = query0 + row0 + Place::first_query() + Place::query_offset(q);
+        return visible.of(min(query, static_cast<int>(shape.query_len) - 1));
+      });
     }
     if (!finite) guard.see(s);
     softmax.step(s, o);
