@@ -46,21 +46,13 @@ bool runs(const BackwardVariant& v, const BackwardParams& p, const Device& devic
          v.shared_bytes <= device.shared_memory && (v.modified || !is_modified(p));
 }
 
-// Fewer columns, then no look at modifiers.
-bool better(const BackwardVariant& a, const BackwardVariant& b) {
-  const int columns_a = a.key_columns + a.value_columns, columns_b = b.key_columns + b.value_columns;
-  return columns_a != columns_b ? columns_a < columns_b : !a.modified && b.modified;
-}
-
 const BackwardVariant* select(Variants variants, const BackwardParams& p, const Device& device,
                               KeyOutputs outputs = KeyOutputs::both) {
   const BackwardVariant* best = nullptr;
   for (const BackwardVariant* v : variants)
-    if (v->outputs == outputs && runs(*v, p, device) && (!best || better(*v, *best))) best = v;
+    if (v->outputs == outputs && runs(*v, p, device) && (!best || better(*v, *best, p, device))) best = v;
   return best;
 }
-
-int64_t tiles(int64_t length, int of) { return (length + of - 1) / of; }
 
 // Everything about a call but where its memory lies.
 struct Plan {
@@ -74,7 +66,7 @@ struct Plan {
     const Variants keys = key_gradient_variants();
     const BackwardVariant *both = select(keys, p, device), *half = select(keys, p, device, KeyOutputs::key);
     const BackwardVariant* other_half = select(keys, p, device, KeyOutputs::value);
-    const bool halves = half && other_half && (!both || better(*half, *both));
+    const bool halves = half && other_half && (!both || better(*half, *both, p, device));
     key = halves ? half : both;
     value = halves ? other_half : nullptr;
     of_keys = key ? meetings_variant(*key, true) : nullptr;

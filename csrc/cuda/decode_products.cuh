@@ -15,7 +15,7 @@ class MmaDecode {
   DEVICE MmaDecode(unsigned char* shared, const DeviceDecodeParams&) : at_(shared_address(shared)), query_(at_, F::kQueryTile) {}
 
   // Of tiles at offsets in shared memory.
-  DEVICE void scores(Accumulators<1, F::NJ>& s, uint32_t keys) const { product_abt<T>(s, query_, at_, keys); }
+  DEVICE void scores(Accumulators<1, F::NJ>& s, uint32_t keys) const { product_abt<T, F::kColumns / 16>(s, query_, at_, keys); }
   DEVICE void output(Accumulators<1, F::DJ>& o, const Accumulators<1, F::NJ>& p, uint32_t values) const {
     product_pb<T, F::kColumns>(o, p, at_, values);
   }

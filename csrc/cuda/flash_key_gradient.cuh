@@ -6,9 +6,9 @@
 //   S^T = K Q^T,  P^T = 2^(S^T - normalizer),  dV += P^T dO,  dP^T = V dO^T,  dS^T = P^T (dP^T - D),  dK += dS^T Q
 #pragma once
 #include "cuda/math.cuh"
-#include "cuda/meetings.cuh"
 #include "cuda/score_gradient.cuh"
 #include "cuda/tile_bits.cuh"
+#include "cuda/tile_walk.cuh"
 #include "cuda/value_guard.cuh"
 
 namespace attn_ext::cuda {
@@ -28,6 +28,7 @@ struct KeyGradientTraits {
   using Key = Tile<T, N, KeyColumns>;
   using Value = Tile<T, N, ValueColumns>;
   using Bits = TileBits<M, N, kThreads>;
+  using Walk = TileWalk<T, M, true, kAlwaysPrecise>;
   // Where tiles lie in shared memory; gradients take the place of keys and values.
   static constexpr uint32_t kKeyTile = 0, kValueTile = kOfKey ? Key::kBytes : 0, kFirstStage = kValueTile + Value::kBytes;
   // From the start of a stage.
@@ -35,7 +36,7 @@ struct KeyGradientTraits {
   // RowTerms of the queries of each stage.
   static constexpr uint32_t kRows = kFirstStage + Stages * kStageBytes, kRowsBytes = M * RowTerms::kFloats * sizeof(float);
   static constexpr uint32_t kBits = kRows + Stages * kRowsBytes, kWalk = kBits + Bits::kBytes;
-  static constexpr uint32_t kSharedBytes = kWalk + sizeof(TileWalk);
+  static constexpr uint32_t kSharedBytes = kWalk + sizeof(Walk);
 };
 
 template <class F>
@@ -57,40 +58,38 @@ __global__ void __launch_bounds__(F::kThreads, 1) flash_key_gradient(const __gri
 
   const TileCopy<typename F::Query, kThreads> query_copy(shape.head_dim);
   const TileCopy<typename F::GradOut, kThreads> grad_copy(query_copy, shape.value_dim);
-  const HeadRows<T, !F::kModified && kSparesRegisters> queries(query_copy, p.query, shape.query_len, own.batch, head0);
-  const HeadRows<T, !F::kModified && kSparesRegisters> grads(grad_copy, p.grad_out, shape.query_len, own.batch, head0);
   UNROLL for (int stage = 0; stage < F::kStages; ++stage) {
     unsigned char* const at = shared + F::kFirstStage + stage * F::kStageBytes;
     query_copy.clear_columns(at + F::kQueryTile);
     grad_copy.clear_columns(at + F::kGradOutTile);
   }
 
-  TileWalk& walk = *reinterpret_cast<TileWalk*>(shared + F::kWalk);
-  const auto copy = [&](const MetTile& from, uint32_t stage) {
-    const int batch = walk.own().batch;
-    const Rows query = queries.of(query_copy, batch, from.head, from.nth_head);
-    const Rows grad = grads.of(grad_copy, batch, from.head, from.nth_head);
-    const uint32_t to = shared0 + F::kFirstStage + stage * F::kStageBytes;
-    if ((from.tile() + 1) * M <= static_cast<int>(shape.query_len)) {
-      query_copy.whole(to + F::kQueryTile, query, from.tile());
-      grad_copy.whole(to + F::kGradOutTile, grad, from.tile());
-    } else {
-      query_copy.clipped(to + F::kQueryTile, query, from.tile());
-      grad_copy.clipped(to + F::kGradOutTile, grad, from.tile());
-    }
-    if (threadIdx.x < F::kRowsBytes / 16) {
-      cp_async16(shared0 + F::kRows + stage * F::kRowsBytes + threadIdx.x * 16,
-                 a.rows.terms + from.first_row * RowTerms::kFloats + threadIdx.x * 4);
-    }
-  };
+  const auto own_query = query_copy.own_chunk(p.query);
+  const auto own_grad = grad_copy.own_chunk(p.grad_out);
+  auto& walk = *reinterpret_cast<typename F::Walk*>(shared + F::kWalk);
   const auto fetch = [&](uint32_t turn, uint32_t stage) {
     const MetTile& from = walk.at(turn);
-    if (from.exists()) copy(from, stage);
+    if (from.exists()) {
+      const uint32_t to = shared0 + F::kFirstStage + stage * F::kStageBytes;
+      const int left = static_cast<int>(shape.query_len) - from.tile() * M;
+      const Rows queries = query_copy.rows_from(from.first, own_query, p.query, left);
+      const Rows grads = grad_copy.rows_from(from.second, own_grad, p.grad_out, left);
+      if (!from.is_clipped()) {
+        query_copy.all(to + F::kQueryTile, queries);
+        grad_copy.all(to + F::kGradOutTile, grads);
+      } else {
+        query_copy.clipped(to + F::kQueryTile, queries, 0);
+        grad_copy.clipped(to + F::kGradOutTile, grads, 0);
+      }
+      if (threadIdx.x < F::kRowsBytes / 16) {
+        cp_async16(shared0 + F::kRows + stage * F::kRowsBytes + threadIdx.x * 16, from.terms + threadIdx.x * 4);
+      }
+    }
     cp_async_commit();
   };
-  walk.start(a.of_keys, a.rows.padded, own, static_cast<int>(shape.heads), head0, group);
-  walk.template find<M>(0, a.of_keys, a.rows);
-  walk.template find<M>(1, a.of_keys, a.rows);
+  walk.start(a, own, 0, head0, group, shape.head_dim == kKeyColumns && shape.value_dim == kValueColumns);
+  walk.find(0, a);
+  walk.find(1, a);
   const TileCopy<typename F::Key, kThreads> key_copy(shape.head_dim);
   const TileCopy<typename F::Value, kThreads> value_copy(key_copy, shape.value_dim);
   key_copy.clear_columns(shared + F::kKeyTile);
@@ -121,14 +120,18 @@ __global__ void __launch_bounds__(F::kThreads, 1) flash_key_gradient(const __gri
     __syncthreads();  // these queries are there; those of the other stage are read
     const uint32_t stage = F::kStages == 1 ? 0 : turn % 2;
     if constexpr (F::kStages == 2) fetch(turn + 1, 1 - stage);
-    walk.template find<M>(turn + 2, a.of_keys, a.rows);
-    const bool precise = F::kAlwaysPrecise || walk.at(turn).precise();
+    walk.find(turn + 2, a);
+    const bool precise = F::kAlwaysPrecise || (kIsPartial && walk.at(turn).is_precise());
     const int query0 = walk.at(turn).tile() * M;
-    const uint32_t query_at = F::kFirstStage + stage * F::kStageBytes + F::kQueryTile, grad_at = query_at + F::kGradOutTile;
+    // Addresses move to the stage once, or, if there are no registers for that, at every use.
+    const uint32_t stage_at = stage * F::kStageBytes, once = F::kModified ? 0 : stage_at;
+    const auto queries = key_tile.moved(once);
+    const auto grads = value_tile.moved(once);
+    const uint32_t query_at = F::kFirstStage + F::kQueryTile + (stage_at - once), grad_at = query_at + F::kGradOutTile;
     const auto* const rows =
         reinterpret_cast<const float*>(shared + F::kRows + stage * F::kRowsBytes) + RowTerms::normalizer(Place::first_query());
-    const ValueGuard<typename F::Query, Math, decltype(query_copy), MI> query_guard(query_copy, shared + query_at);
-    ValueGuard<typename F::GradOut, Math, decltype(grad_copy), MI> grad_guard(grad_copy, shared + grad_at);
+    const ValueGuard<typename F::Query, Math, decltype(query_copy), MI> query_guard(query_copy, shared + once + query_at);
+    ValueGuard<typename F::GradOut, Math, decltype(grad_copy), MI> grad_guard(grad_copy, shared + once + grad_at);
     bool finite = true;
     if (kIsPartial || (F::kModified && p.dropout.enabled())) {
       const BlockTile at = walk.own();
@@ -143,7 +146,7 @@ __global__ void __launch_bounds__(F::kThreads, 1) flash_key_gradient(const __gri
     }
     Accumulators<MI, F::NJ> s;
     clear(s);
-    Math::product_abt(s, own_keys, key_tile, query_at);
+    Math::product_abt(s, own_keys, queries, query_at);
     if constexpr (F::kModified) {
       const BlockTile at = walk.own();
       const ScoreTerms<Place> terms(p, a.factors, at.batch, walk.at(turn).head, query0);
@@ -174,7 +177,7 @@ __global__ void __launch_bounds__(F::kThreads, 1) flash_key_gradient(const __gri
             dp[mi][j][0] = quad.x, dp[mi][j][1] = quad.y, dp[mi][j][2] = quad.z, dp[mi][j][3] = quad.w;
         }
       }
-      Math::product_abt(dp, own_values, value_tile, grad_at);
+      Math::product_abt(dp, own_values, grads, grad_at);
     };
     const auto clean = [&] {
       if (finite) return;
@@ -198,7 +201,7 @@ __global__ void __launch_bounds__(F::kThreads, 1) flash_key_gradient(const __gri
         grad_guard.add(dv);
       }
       clean();
-      Math::product_pb(dv, left, value_tile, grad_at);
+      Math::product_pb(dv, left, grads, grad_at);
     } else {
       clean();
     }
@@ -209,7 +212,7 @@ __global__ void __launch_bounds__(F::kThreads, 1) flash_key_gradient(const __gri
       } else {
         score_gradient<kIsPartial>(dp, s);
       }
-      Math::product_pb(dk, dp, key_tile, query_at);
+      Math::product_pb(dk, dp, queries, query_at);
     }
     if constexpr (F::kStages == 1) {
       __syncthreads();  // these queries are read
@@ -217,8 +220,8 @@ __global__ void __launch_bounds__(F::kThreads, 1) flash_key_gradient(const __gri
     }
   };
   while (walk.at(turn).exists()) {
-    for (; walk.at(turn).is(kWhole); ++turn) visit(std::false_type());
-    for (; walk.at(turn).is(kPartial); ++turn) visit(std::true_type());
+    for (; walk.at(turn).is_whole(); ++turn) visit(std::false_type());
+    for (; walk.at(turn).is_partial(); ++turn) visit(std::true_type());
   }
   cp_async_wait<0>();
   __syncthreads();

@@ -6,9 +6,10 @@
 //   S = Q K^T,  P = 2^(S - normalizer),  dP = dO V^T,  dS = P (dP - D),  dQ += dS K
 #pragma once
 #include "cuda/math.cuh"
-#include "cuda/meetings.cuh"
 #include "cuda/score_gradient.cuh"
+#include "cuda/tile_walk.cuh"
 #include "cuda/value_guard.cuh"
+#include "cuda/visible_keys.cuh"
 
 namespace attn_ext::cuda {
 
@@ -24,6 +25,7 @@ struct QueryGradientTraits {
   using GradOut = Tile<T, M, ValueColumns>;
   using Key = Tile<T, N, KeyColumns>;
   using Value = Tile<T, N, ValueColumns>;
+  using Walk = TileWalk<T, N, false, kAlwaysPrecise>;
   // Where tiles lie in shared memory; the gradient takes the place of the queries.
   static constexpr uint32_t kQueryTile = 0, kGradOutTile = Query::kBytes, kFirstStage = kGradOutTile + GradOut::kBytes;
   // From the start of a stage.
@@ -31,7 +33,7 @@ struct QueryGradientTraits {
   // What is known of rows i and i + 8: -D_i of both, twice, as accumulators have them; and their normalizers.
   static constexpr uint32_t kDeltas = kFirstStage + Stages * kStageBytes, kNormalizers = kDeltas + M * 8;
   static constexpr uint32_t kWalk = kNormalizers + M * 4;
-  static constexpr uint32_t kSharedBytes = kWalk + sizeof(TileWalk);
+  static constexpr uint32_t kSharedBytes = kWalk + sizeof(Walk);
 };
 
 template <class F>
@@ -50,40 +52,39 @@ __global__ void __launch_bounds__(F::kThreads, 1) flash_query_gradient(const __g
   const int heads = static_cast<int>(shape.heads);
   BlockTile own = BlockTile::of_block(shape.query_len, M, heads);
   own.tile = (static_cast<int>(shape.query_len) - 1) / M - own.tile;
-  const int kv_head = own.head / (heads / static_cast<int>(shape.kv_heads));
   const int row0 = threadIdx.x / 32 * 16 * MI, query0 = own.tile * M;
 
   const TileCopy<typename F::Key, kThreads> key_copy(shape.head_dim);
   const TileCopy<typename F::Value, kThreads> value_copy(key_copy, shape.value_dim);
-  const HeadRows<T, !F::kModified && kSparesRegisters> keys(key_copy, p.key, shape.kv_len, own.batch, kv_head);
-  const HeadRows<T, !F::kModified && kSparesRegisters> values(value_copy, p.value, shape.kv_len, own.batch, kv_head);
   UNROLL for (int stage = 0; stage < F::kStages; ++stage) {
     unsigned char* const at = shared + F::kFirstStage + stage * F::kStageBytes;
     key_copy.clear_columns(at + F::kKeyTile);
     value_copy.clear_columns(at + F::kValueTile);
   }
-  TileWalk& walk = *reinterpret_cast<TileWalk*>(shared + F::kWalk);
-  const auto copy = [&](const MetTile& from, uint32_t stage) {
-    const int batch = walk.own().batch, kv_head = walk.own().head / static_cast<int>(shape.heads / shape.kv_heads);
-    const Rows keys_from = keys.of(key_copy, batch, kv_head), values_from = values.of(value_copy, batch, kv_head);
-    const uint32_t to = shared0 + F::kFirstStage + stage * F::kStageBytes;
-    if ((from.tile() + 1) * N <= static_cast<int>(shape.kv_len)) {
-      key_copy.whole(to + F::kKeyTile, keys_from, from.tile());
-      value_copy.whole(to + F::kValueTile, values_from, from.tile());
-    } else {
-      key_copy.clipped(to + F::kKeyTile, keys_from, from.tile());
-      value_copy.clipped(to + F::kValueTile, values_from, from.tile());
-    }
-  };
+  const auto own_key = key_copy.own_chunk(p.key);
+  const auto own_value = value_copy.own_chunk(p.value);
+  auto& walk = *reinterpret_cast<typename F::Walk*>(shared + F::kWalk);
   const auto fetch = [&](uint32_t turn, uint32_t stage) {
     const MetTile& from = walk.at(turn);
-    if (from.exists()) copy(from, stage);
+    if (from.exists()) {
+      const uint32_t to = shared0 + F::kFirstStage + stage * F::kStageBytes;
+      const int left = static_cast<int>(shape.kv_len) - from.tile() * N;
+      const Rows keys = key_copy.rows_from(from.first, own_key, p.key, left);
+      const Rows values = value_copy.rows_from(from.second, own_value, p.value, left);
+      if (!from.is_clipped()) {
+        key_copy.all(to + F::kKeyTile, keys);
+        value_copy.all(to + F::kValueTile, values);
+      } else {
+        key_copy.clipped(to + F::kKeyTile, keys, 0);
+        value_copy.clipped(to + F::kValueTile, values, 0);
+      }
+    }
     cp_async_commit();
   };
 
-  walk.start(a.of_queries, a.rows.padded, own, heads, own.head, 1);
-  walk.template find<0>(0, a.of_queries, a.rows);
-  walk.template find<0>(1, a.of_queries, a.rows);
+  walk.start(a, own, query0, own.head, 1, shape.head_dim == kKeyColumns && shape.value_dim == kValueColumns);
+  walk.find(0, a);
+  walk.find(1, a);
   const TileCopy<typename F::Query, kThreads> query_copy(shape.head_dim);
   const TileCopy<typename F::GradOut, kThreads> grad_copy(query_copy, shape.value_dim);
   query_copy.clear_columns(shared + F::kQueryTile);
@@ -96,7 +97,6 @@ __global__ void __launch_bounds__(F::kThreads, 1) flash_query_gradient(const __g
   fetch(0, 0);
 
   const int64_t first_row = (static_cast<int64_t>(own.batch) * heads + own.head) * a.rows.padded + query0;
-  const bool precise = F::kAlwaysPrecise || a.rows.precise[first_row / kRowBlock] != 0;
   const int own_pair = (row0 / 16) * 8 + Place::first_query();  // the first of this thread's pairs of rows
   auto* const deltas = reinterpret_cast<float4*>(shared + F::kDeltas);
   auto* const normalizers = reinterpret_cast<float2*>(shared + F::kNormalizers);
@@ -132,12 +132,17 @@ __global__ void __launch_bounds__(F::kThreads, 1) flash_query_gradient(const __g
     __syncthreads();  // these keys and values are there; those of the other stage are read
     const uint32_t stage = F::kStages == 1 ? 0 : turn % 2;
     if constexpr (F::kStages == 2) fetch(turn + 1, 1 - stage);
-    walk.template find<0>(turn + 2, a.of_queries, a.rows);
+    walk.find(turn + 2, a);
+    const bool precise = F::kAlwaysPrecise || (kIsPartial && walk.at(turn).is_precise());
     const BlockTile at = walk.own();
     const int key0 = walk.at(turn).tile() * N, own0 = at.tile * M + row0;
     const ScoreTerms<Place> terms(p, a.factors, at.batch, at.head, own0);
-    const uint32_t key_at = F::kFirstStage + stage * F::kStageBytes + F::kKeyTile, value_at = key_at + F::kValueTile;
-    const ValueGuard<typename F::Key, Math, decltype(key_copy), MI> guard(key_copy, shared + key_at);
+    // Addresses move to the stage once, or, if there are no registers for that, at every use.
+    const uint32_t stage_at = stage * F::kStageBytes, once = F::kModified ? 0 : stage_at;
+    const auto keys = key_tile.moved(once);
+    const auto values = value_tile.moved(once);
+    const uint32_t key_at = F::kFirstStage + F::kKeyTile + (stage_at - once), value_at = key_at + F::kValueTile;
+    const ValueGuard<typename F::Key, Math, decltype(key_copy), MI> guard(key_copy, shared + once + key_at);
     bool finite = true;
     uint32_t seen[Place::kQueries];
     if constexpr (kIsPartial) {
@@ -152,7 +157,7 @@ __global__ void __launch_bounds__(F::kThreads, 1) flash_query_gradient(const __g
 
     Accumulators<MI, F::NJ> s, dp;
     clear(s);
-    Math::product_abt(s, own_queries, key_tile, key_at);
+    Math::product_abt(s, own_queries, keys, key_at);
     if constexpr (F::kModified) {
       modified.template apply<kIsPartial>(s, terms, key0);
     } else if (precise) {
@@ -164,7 +169,7 @@ __global__ void __launch_bounds__(F::kThreads, 1) flash_query_gradient(const __g
     if constexpr (F::kModified) {
       modified.through_softcap(s);
       clear(dp);
-      Math::product_abt(dp, own_grads, value_tile, value_at);
+      Math::product_abt(dp, own_grads, values, value_at);
       modified.template gradient<kIsPartial>(dp, s, delta_of);
     } else {
       UNROLL for (int mi = 0; mi < MI; ++mi) {
@@ -172,7 +177,7 @@ __global__ void __launch_bounds__(F::kThreads, 1) flash_query_gradient(const __g
         UNROLL for (int j = 0; j < F::NJ; ++j)
           dp[mi][j][0] = delta.x, dp[mi][j][1] = delta.y, dp[mi][j][2] = delta.z, dp[mi][j][3] = delta.w;
       }
-      Math::product_abt(dp, own_grads, value_tile, value_at);
+      Math::product_abt(dp, own_grads, values, value_at);
       score_gradient<kIsPartial>(dp, s);
     }
     if (!finite) {  // what is not finite has made dS of the queries that see it 0 or NaN
@@ -180,15 +185,15 @@ __global__ void __launch_bounds__(F::kThreads, 1) flash_query_gradient(const __g
       guard.clean();
       __syncthreads();
     }
-    Math::product_pb(dq, dp, key_tile, key_at);
+    Math::product_pb(dq, dp, keys, key_at);
     if constexpr (F::kStages == 1) {
       __syncthreads();  // these keys and values are read
       fetch(turn + 1, 0);
     }
   };
   while (walk.at(turn).exists()) {
-    for (; walk.at(turn).is(kWhole); ++turn) visit(std::false_type());
-    for (; walk.at(turn).is(kPartial); ++turn) visit(std::true_type());
+    for (; walk.at(turn).is_whole(); ++turn) visit(std::false_type());
+    for (; walk.at(turn).is_partial(); ++turn) visit(std::true_type());
   }
   cp_async_wait<0>();
 

@@ -22,19 +22,6 @@ bool runs(const ForwardVariant& v, const ForwardParams& p, const Device& device)
          v.shared_bytes <= device.shared_memory && (v.modified || !is_modified(p));
 }
 
-int64_t blocks(const ForwardVariant& v, const ForwardParams& p) {
-  return (p.shape.query_len + v.queries - 1) / v.queries * p.shape.heads * p.shape.batch;
-}
-
-// Fewer columns, then no look at modifiers, then more queries as long as two blocks are there for each processor.
-bool better(const ForwardVariant& a, const ForwardVariant& b, const ForwardParams& p, const Device& device) {
-  const int columns_a = a.key_columns + a.value_columns, columns_b = b.key_columns + b.value_columns;
-  if (columns_a != columns_b) return columns_a < columns_b;
-  if (a.modified != b.modified) return b.modified;
-  const ForwardVariant& longer = a.queries > b.queries ? a : b;
-  return (&longer == &a) == (blocks(longer, p) >= 2 * device.processors);
-}
-
 const ForwardVariant* select(const ForwardParams& p, const Device& device) {
   const ForwardVariant* best = nullptr;
   for (const ForwardVariant* v : forward_variants())
@@ -49,7 +36,7 @@ const char* unsupported(const ForwardParams& p, const Device& device) {
   if (!aligned(p.out, p)) return kUnaligned;
   const ForwardVariant* variant = select(p, device);
   if (!variant) return kNoVariant;
-  if (blocks(*variant, p) > kMostBlocks) return kTooManyTiles;
+  if (tiles(p.shape.query_len, variant->queries) * p.shape.heads * p.shape.batch > kMostBlocks) return kTooManyTiles;
   return nullptr;
 }
 

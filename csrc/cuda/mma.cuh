@@ -61,18 +61,25 @@ struct RowsOperand {
   }
 };
 
+// How many steps of S = Q K^T are unrolled.  The loop's end is where ptxas has to stop fetching ahead, at the cost of registers.
+template <int Columns, int MI, int NJ, bool InRegisters>
+constexpr int steps_at_once() {
+  constexpr int kAll = Columns / 16;
+  if (InRegisters) return kAll;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  if (MI > 1) return Columns == 64 && NJ > 4 ? 2 : kAll;
+  if (Columns <= 64) return kAll;
+#else
+  if (Columns <= 64 || Columns == 128) return kAll;
+#endif
+  return Columns == 96 ? 2 : 4;
+}
+
 // acc += A * B^T, both by rows over the columns they share: S = Q K^T.
-template <class T, int Columns, int MI, int NJ, bool InRegisters>
+template <class T, int AtOnce, int Columns, int MI, int NJ, bool InRegisters>
 DEVICE void product_abt(Accumulators<MI, NJ>& acc, const RowsOperand<Columns, MI, InRegisters>& a_rows,
                         BlockAddress<Columns> at, uint32_t b_tile) {
-  // A step of the loop ends where ptxas has to stop fetching ahead, at the cost of registers.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  constexpr bool kAll = InRegisters || Columns <= 64 || MI > 1;
-#else
-  constexpr bool kAll = InRegisters || Columns <= 64 || Columns == 128;
-#endif
-  [[maybe_unused]] constexpr int kAtOnce = kAll ? Columns / 16 : Columns == 96 ? 2 : 4;
-#pragma unroll kAtOnce
+#pragma unroll AtOnce
   for (int k = 0; k < Columns / 16; ++k) {
     uint32_t a[MI][4];
     a_rows.get(a, k);
@@ -122,6 +129,12 @@ struct MmaMath {
     DEVICE Tiles(const Tiles& other, unsigned char*, int) : Tiles(other) {}
     template <class Other>
     DEVICE Tiles(const Other&, unsigned char* shared, int row0) : Tiles(shared, row0) {}
+    // So many bytes further, a multiple of 1024: the permutation of a tile stays the same, and one sum serves all blocks.
+    DEVICE Tiles moved(uint32_t by) const {
+      Tiles result = *this;
+      result.rows += by, result.columns += by;
+      return result;
+    }
   };
   // A warp's rows of a tile as the left operand.
   template <int Columns, int MI, bool InRegisters = false>
@@ -132,7 +145,7 @@ struct MmaMath {
   template <int Columns, int MI, int NJ, bool InRegisters>
   DEVICE static void product_abt(Accumulators<MI, NJ>& acc, const Rows<Columns, MI, InRegisters>& a, const Tiles<Columns>& tiles,
                                  uint32_t b_tile) {
-    cuda::product_abt<T>(acc, a, tiles, b_tile);
+    cuda::product_abt<T, steps_at_once<Columns, MI, NJ, InRegisters>()>(acc, a, tiles, b_tile);
   }
   template <int Columns, int MI, int NJ>
   DEVICE static void product_pb(Accumulators<MI, Columns / 8>& acc, const Accumulators<MI, NJ>& p, const Tiles<Columns>& tiles,

@@ -37,6 +37,23 @@ inline bool is_modified(const AttentionParams& p) {
          !(0x1p-100 <= p.score.scale && p.score.scale <= 0x1p100);
 }
 
+inline int64_t tiles(int64_t length, int of) { return (length + of - 1) / of; }
+
+// Which of two kernels that both take a call is to: the one with fewer columns, then without a look at modifiers, then with more
+// queries, as long as each processor gets two blocks and tiles do not join blocks of a mask, of which one may be listed and its
+// neighbour not.
+template <class Variant>
+bool better(const Variant& a, const Variant& b, const AttentionParams& p, const Device& device) {
+  const int columns_a = a.key_columns + a.value_columns, columns_b = b.key_columns + b.value_columns;
+  if (columns_a != columns_b) return columns_a < columns_b;
+  if (a.modified != b.modified) return b.modified;
+  if (a.queries == b.queries) return false;
+  const Variant& longer = a.queries > b.queries ? a : b;
+  const bool many = tiles(p.shape.query_len, longer.queries) * p.shape.heads * p.shape.batch >= 2 * device.processors;
+  const bool fits = !p.mask.blocks.offsets || longer.queries <= p.mask.blocks.query_block;
+  return (&longer == &a) == (many && fits);
+}
+
 // Why no kernel takes such query, key, value and options; or null.
 inline const char* unsupported_inputs(const AttentionParams& p, const Device& device) {
   const AttentionShape& shape = p.shape;

@@ -49,6 +49,10 @@ class TileCopy {
         chunk_(threadIdx.x % Tile::kSpan),
         groups_((static_cast<int>(columns) / Tile::kPerChunk - chunk_ + Tile::kSpan - 1) / Tile::kSpan),
         to_(to) {}
+  DEVICE static uint32_t row_bytes(const ConstTensorView& tensor) { return static_cast<uint32_t>(tensor.stride_row) * kBytesPerElement; }
+  DEVICE static uint32_t own_chunk(uint32_t thread, const ConstTensorView& tensor) {
+    return thread / Tile::kSpan * row_bytes(tensor) + thread % Tile::kSpan * 16;
+  }
   DEVICE static uint32_t place(int pass, int group) { return pass * kRowsPerPass * Tile::kPitch + group * Tile::kSpan * 16; }
 
  public:
@@ -60,13 +64,19 @@ class TileCopy {
   DEVICE TileCopy(const Other&, int64_t columns) : TileCopy(columns) {}
 
   DEVICE Rows rows(const void* matrix, int64_t row_stride, int64_t count) const {
-    const Rows rows = rows_anew(matrix, row_stride, count);
-    return {pin(rows.data), rows.row_bytes, rows.count};
-  }
-  // To be used at once.
-  DEVICE Rows rows_anew(const void* matrix, int64_t row_stride, int64_t count) const {
     const char* first = static_cast<const char*>(matrix) + row_ * row_stride * kBytesPerElement + chunk_ * 16;
-    return {first, static_cast<int>(row_stride) * kBytesPerElement, static_cast<int>(count)};
+    return {pin(first), static_cast<int>(row_stride) * kBytesPerElement, static_cast<int>(count)};
+  }
+  // Says how many bytes after the first row's start this thread's chunk of it is: kept in a register, or, if tiles are large
+  // and leave few, made anew each time.
+  DEVICE static auto own_chunk(const ConstTensorView& tensor) {
+    if constexpr (kGroups == 1) return [bytes = pin(own_chunk(threadIdx.x, tensor))] { return bytes; };
+    else return [&tensor] { return own_chunk(thread_anew(), tensor); };
+  }
+  // Those of a tensor from the one at `first` on, to be used at once.
+  template <class OwnChunk>
+  DEVICE static Rows rows_from(const char* first, const OwnChunk& own, const ConstTensorView& tensor, int count) {
+    return {first + own(), static_cast<int>(row_bytes(tensor)), count};
   }
   // Zeros in the columns that the matrix does not have: no copy touches them.
   DEVICE void clear_columns(unsigned char* tile) const {
@@ -85,6 +95,13 @@ class TileCopy {
       UNROLL for (int group = 0; group < kGroups; ++group) {
         if (group < groups) cp_async16(tile + to_ + place(pass, group), p + group * Tile::kSpan * 16);
       }
+    }
+  }
+  // Rows from the first on, all of which exist, with all their columns.
+  DEVICE void all(uint32_t tile, const Rows& from) const {
+    const char* p = from.data;
+    UNROLL for (int pass = 0; pass < kPasses; ++pass, p += kRowsPerPass * static_cast<uint32_t>(from.row_bytes)) {
+      UNROLL for (int group = 0; group < kGroups; ++group) cp_async16(tile + to_ + place(pass, group), p + group * Tile::kSpan * 16);
     }
   }
   // Tile n, with zeros for rows that do not exist.
@@ -124,31 +141,6 @@ struct alignas(16) BlockTile {  // one load
   DEVICE static BlockTile of_block(int64_t length, int rows, int64_t heads) {
     const int block = blockIdx.x, tiles = (static_cast<int>(length) + rows - 1) / rows, head = block / tiles;
     return {block % tiles, head % static_cast<int>(heads), head / static_cast<int>(heads)};
-  }
-};
-
-// The rows of the heads of a batch element, as a TileCopy wants them again and again: kept in registers, from the first head on,
-// or, where registers are scarcer than instructions, made anew each time.
-template <class T, bool kKept>
-class HeadRows {
-  const ConstTensorView& view_;
-  int64_t count_;
-  Rows kept_;
-
- public:
-  template <class Copy>
-  DEVICE HeadRows(const Copy& copy, const ConstTensorView& view, int64_t count, int batch, int first_head)
-      : view_(view), count_(count) {
-    if constexpr (kKept) kept_ = copy.rows(head_of<T>(view, batch, first_head), view.stride_row, count);
-  }
-  // Of a head of the same batch element, `nth` after the first.
-  template <class Copy>
-  DEVICE Rows of(const Copy& copy, int batch, int head, int nth = 0) const {
-    if constexpr (kKept) {
-      return {kept_.data + nth * view_.stride_head * static_cast<int64_t>(sizeof(T)), kept_.row_bytes, kept_.count};
-    } else {
-      return copy.rows_anew(head_of<T>(view_, batch, head), view_.stride_row, count_);
-    }
   }
 };
 

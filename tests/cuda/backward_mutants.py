@@ -7,7 +7,9 @@ from functools import partial
 from forward_mutants import Mutant
 
 KEY, QUERY, BIAS = (f"cuda/flash_{name}_gradient.cuh" for name in ("key", "query", "bias"))
-MEETINGS, GRADIENT, BITS = (f"cuda/{name}.cuh" for name in ("meetings", "score_gradient", "tile_bits"))
+MEETINGS, WALK, GRADIENT, BITS = (
+    f"cuda/{name}.cuh" for name in ("meetings", "tile_walk", "score_gradient", "tile_bits")
+)
 ROWS, STEPS = "cuda/backward_rows.cuh", "cuda/backward_steps.cu"
 
 plain, single, halves = (
@@ -99,22 +101,34 @@ MUTANTS = (
         "if (threadIdx.x == kThreads) continue;",
     ),
     # Tiles and copies
+    plain("rows past the end are read", WALK, "(tile + 1) * Rows > whole_rows_", "tile * Rows > whole_rows_"),
     plain(
-        "queries past the end are read",
-        KEY,
-        "(from.tile() + 1) * M <= static_cast<int>(shape.query_len)",
-        "from.tile() * M <= static_cast<int>(shape.query_len)",
+        "columns past the end are read",
+        WALK,
+        "all_columns ? static_cast<int>(kOfQueries ? shape.query_len : shape.kv_len) : 0",
+        "static_cast<int>(kOfQueries ? shape.query_len : shape.kv_len)",
     ),
     plain(
-        "keys past the end are read",
-        QUERY,
-        "(from.tile() + 1) * N <= static_cast<int>(shape.kv_len)",
-        "from.tile() * N <= static_cast<int>(shape.kv_len)",
+        "rows of queries count where those of keys are clipped",
+        WALK,
+        "kOfQueries ? shape.query_len : shape.kv_len",
+        "shape.query_len",
+    ),
+    plain("rows of the first tile", WALK, "second_row + start_of_tile(second(a), tile)", "second_row"),
+    plain(
+        "a chunk of another row",
+        "cuda/tile.cuh",
+        "thread / Tile::kSpan * row_bytes(tensor)",
+        "thread % Tile::kSpan * row_bytes(tensor)",
+    ),
+    plain("tiles are not moved to their stage", "cuda/mma.cuh", "result.rows += by, ", ""),
+    single(
+        "own rows in the stage of others", "cuda/fma.cuh", "result.shared += by;", "result.own_row += by;"
     ),
     Mutant(
         "terms of the first rows",
         KEY,
-        "a.rows.terms + from.first_row * RowTerms::kFloats + threadIdx.x * 4",
+        "from.terms + threadIdx.x * 4",
         "a.rows.terms + threadIdx.x * 4",
     ),
     plain(
@@ -139,15 +153,15 @@ MUTANTS = (
     Mutant(
         "the first head of a group only",
         KEY,
-        "static_cast<int>(shape.heads), head0, group);",
-        "static_cast<int>(shape.heads), head0, 1);",
+        "walk.start(a, own, 0, head0, group,",
+        "walk.start(a, own, 0, head0, 1,",
     ),
     Mutant("gradients of batch 0", KEY, "head_of<T>(to, of.batch, of.head)", "head_of<T>(to, 0, of.head)"),
     Mutant(
         "key head of the query head",
-        QUERY,
-        "kv_head = walk.own().head / static_cast<int>(shape.heads / shape.kv_heads)",
-        "kv_head = walk.own().head % static_cast<int>(shape.kv_heads)",
+        WALK,
+        "first_head / (of_batch / static_cast<int>(shape.kv_heads))",
+        "first_head % static_cast<int>(shape.kv_heads)",
     ),
     Mutant("rows of the first warp", QUERY, "own0 = at.tile * M + row0", "own0 = at.tile * M"),
     Mutant(
@@ -166,8 +180,8 @@ MUTANTS = (
     Mutant(
         "weights in place of gradients of scores",
         KEY,
-        "product_pb(dk, dp, key_tile",
-        "product_pb(dk, s, key_tile",
+        "product_pb(dk, dp, queries",
+        "product_pb(dk, s, queries",
     ),
     plain(
         "deltas of two queries swapped",
@@ -175,7 +189,12 @@ MUTANTS = (
         "[0] = quad.x, dp[mi][j][1] = quad.y",
         "[0] = quad.y, dp[mi][j][1] = quad.x",
     ),
-    plain("keys never precise", KEY, "F::kAlwaysPrecise || walk.at(turn).precise();", "F::kAlwaysPrecise;"),
+    plain(
+        "keys never precise",
+        KEY,
+        "F::kAlwaysPrecise || (kIsPartial && walk.at(turn).is_precise());",
+        "F::kAlwaysPrecise;",
+    ),
     Mutant(
         "kept of the first 16 keys",
         KEY,
@@ -201,12 +220,12 @@ MUTANTS = (
         QUERY,
         "const float4 delta = deltas[own_pair + mi * 8];",
         "const float4 delta = deltas[own_pair];",
-        "bf16_128",
+        "bf16_128_long",
     ),
     plain(
         "queries never precise",
         QUERY,
-        "F::kAlwaysPrecise || a.rows.precise[first_row / kRowBlock] != 0;",
+        "F::kAlwaysPrecise || (kIsPartial && walk.at(turn).is_precise());",
         "F::kAlwaysPrecise;",
     ),
     # What weights and gradients of scores are
@@ -248,21 +267,26 @@ MUTANTS = (
     Mutant("bits of even keys", BITS, "(2 * (row0 / 8) + key % 2)", "(2 * (row0 / 8))"),
     Mutant("kept bits one too low", BITS, "key0) << 16;", "key0) << 15;"),
     # Meetings
-    Mutant("meetings of head 0", MEETINGS, "(meetings.heads > 1 ? first_head : 0)", "0"),
-    Mutant("meetings of batch 0", MEETINGS, "(meetings.batch > 1 ? batch : 0)", "0"),
+    Mutant("meetings of head 0", WALK, "(lists.heads > 1 ? first_head : 0)", "0"),
+    Mutant("meetings of batch 0", WALK, "(lists.batch > 1 ? batch : 0)", "0"),
     Mutant(
         "meetings of the first head of a group",
-        MEETINGS,
-        "        if (meetings.heads > 1) columns += meetings.per_head();\n",
+        WALK,
+        "        if (lists.heads > 1) of_head += lists.per_head();\n",
         "",
     ),
+    Mutant("rows of the first head of a group", WALK, "row += a.rows.padded, ", "", "bf16_64"),
     Mutant(
-        "rows of the first head of a group", MEETINGS, "        head_row += rows.padded;\n", "", "bf16_64"
+        "gradients of the first head of a group",
+        WALK,
+        ", second_row += bytes(second(a).stride_head);",
+        ";",
+        "bf16_64",
     ),
-    Mutant("32 tiles at most", MEETINGS, "++chunk * 32 >= meetings.columns", "++chunk >= 1"),
+    Mutant("32 tiles at most", WALK, "++chunk * 32 >= tiles", "++chunk >= 1"),
     Mutant(
         "partial tiles are whole",
-        MEETINGS,
+        WALK,
         "partial = __ballot_sync(kAllLanes, meeting == kPartial);",
         "partial = 0;",
     ),
@@ -280,11 +304,17 @@ MUTANTS = (
         "(kOfKeys ? tile : static_cast<int64_t>(tile) * key_tiles)",
         "static_cast<int64_t>(tile) * key_tiles",
     ),
-    Mutant("tiles of two turns share a place", MEETINGS, "kSlots = 4", "kSlots = 2"),
-    Mutant("tiles of queries are never precise", MEETINGS, "found.bits |= 1;", "found.bits |= 0;", "bf16_64"),
+    Mutant("tiles of two turns share a place", WALK, "kSlots = 4", "kSlots = 2"),
+    plain("precise tiles are not treated as partial", WALK, "        partial |= precise;\n", ""),
+    plain(
+        "precise by the rows of another tile",
+        WALK,
+        "kOfQueries ? row + static_cast<int64_t>(tile) * Rows : row;",
+        "row;",
+    ),
     Mutant(
         "the last of 32 tiles is lost",
-        MEETINGS,
+        WALK,
         "meet &= meet - 1;",
         "meet = (meet & (meet - 1)) & 0x7fffffffu;",
     ),

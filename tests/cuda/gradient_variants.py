@@ -6,6 +6,7 @@ import re
 from typing import NamedTuple
 
 import torch
+from emulated import A100, Device
 from forward_variants import ELEMENTS
 from programs import ROOT
 
@@ -78,12 +79,18 @@ class Pass(NamedTuple):
     query: QueryVariant
 
     @property
+    def device(self) -> Device:
+        """One on which the selector takes them, however few the queries are."""
+        return A100._replace(processors=0) if self.query.name.endswith("_long") else A100
+
+    @property
     def kernels(self) -> list[str]:
         names = [f"flash_key_gradient_{variant.name}" for variant in self.keys]
         return [*names, f"flash_query_gradient_{self.query.name}"]
 
 
 def _keys_of(name: str) -> tuple[KeyVariant, ...]:
+    name = name.removesuffix("_long")
     for_value = f"{name.removesuffix('_modified')}_value{'_modified' * name.endswith('_modified')}"
     return tuple(variant for variant in KEY_VARIANTS if variant.name in (name, for_value))
 

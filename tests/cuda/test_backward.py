@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from cuda_problems import DTYPES, make_cuda_options
-from emulated import emulated
+from emulated import A100, emulated
 from gradient_variants import BIAS_VARIANTS, KEY_VARIANTS, PASSES, QUERY_VARIANTS, BiasVariant
 from problems import (
     BIAS_SHAPES,
@@ -74,7 +74,9 @@ def test_tiles(case: SimpleNamespace) -> None:
     elif is_ambiguous(case.name) and not set(features) & set(MODIFIERS):
         features = (*features, "softcap")
     options = make_cuda_options((*case.mask, *features), *sizes)
-    with emulated(seed=case.seed) as running:
+    if "blocks" in case.mask:  # which are smaller than tiles of 128 queries
+        chosen = PASSES[case.name.removesuffix("_long")]
+    with emulated(device=PASSES[case.name].device, seed=case.seed) as running:
         check_attention(*inputs, **options)
         assert kernels(running, "key_gradient") + kernels(running, "query_gradient") == chosen.kernels
         expected = ["bias_gradient"] * ("bias" in features)
@@ -94,7 +96,7 @@ def test_selected_for_heads_of_its_size(name: str, columns_less: tuple[int, int]
     elif not is_ambiguous(name):
         cases += [{}]
     for options in cases:
-        with emulated() as running:
+        with emulated(device=PASSES[name].device) as running:
             run(*inputs, **options)
             ran = kernels(running, "key_gradient") + kernels(running, "query_gradient")
             assert ran == PASSES[name].kernels, options
@@ -495,7 +497,9 @@ def test_gradients_lie_like_their_inputs(dtype: torch.dtype) -> None:
 # The same bits
 
 
-@pytest.mark.parametrize("name", ["bf16_64", "bf16_32_modified", "f16_192_modified", "f32_64", "f32_256"])
+@pytest.mark.parametrize(
+    "name", ["bf16_64", "f16_128_long", "bf16_32_modified", "f16_192_modified", "f32_64", "f32_256"]
+)
 def test_schedules_give_the_same_bits(name: str) -> None:
     """Whatever block, warp or lane runs first: also, the race detector sees other orders."""
     query = PASSES[name].query
@@ -508,11 +512,27 @@ def test_schedules_give_the_same_bits(name: str) -> None:
     )
     results = []
     for seed in (0, 1, 2, 0):
-        with emulated(seed=seed) as running:
+        with emulated(device=PASSES[name].device, seed=seed) as running:
             results.append(run(*inputs, grad_out=grad_out, grad_lse=grad_lse, **options))
             assert kernels(running)[: len(PASSES[name].kernels)] == PASSES[name].kernels
     for other in results[1:]:
         assert_same_bits(other, results[0])
+
+
+def test_tiles_of_128_queries_give_the_same_bits() -> None:
+    """They are taken where each processor gets two, and where they join no blocks of a mask."""
+    inputs = make_inputs(1, 2, 384, 200, 64, group=2, dtype=torch.float16)
+    sizes = 1, 2, 384, 200
+    lists = {size: make_block_mask(sizes, (size, size), 0.5) for size in (64, 128)}
+    for mask, long in ((Causal(), True), (lists[64], False), (lists[128], True)):
+        results = []
+        for processors, expected in ((3, long), (4, False)):
+            with emulated(device=A100._replace(processors=processors)) as running:
+                results.append(run(*inputs, mask=mask))
+                launches = [launch["kernel"] for launch in running.statistics()["launches"]]
+            end = "_long" * expected
+            assert {f"flash_forward_f16_64{end}", f"flash_query_gradient_f16_64{end}"} <= set(launches)
+        assert_same_bits(*results)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
