@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from cuda_programs import SOURCES
-from operators import attention_by, build_arguments
+from operators import FORWARD, attention_by, build_arguments
 from programs import ROOT
 
 from tools import emulation
@@ -70,7 +70,7 @@ def launched(kernel: Kernel) -> Iterator[None]:
 
     _library().attn_ext_launched_by(call)
     try:
-        with attention_by("attn_ext_launched"):
+        with attention_by("attn_ext_launched", FORWARD):
             yield
     except RuntimeError:
         if errors:
