@@ -35,7 +35,7 @@ _KERNEL += ["-fno-tree-tail-merge", "-fno-crossjumping", "-fno-optimize-sibling-
 
 
 def build(
-    sources: Iterable[Path],
+    sources: Iterable[Path | tuple[Path, Sequence[str]]],
     output: Path,
     *,
     defines: Sequence[str] = (),
@@ -45,7 +45,8 @@ def build(
     """Compiles sources and the emulator into a shared object.
 
     Args:
-        sources: ``.cu`` files, kernels and what launches them, and ``.cpp`` files.
+        sources: ``.cu`` files, kernels and what launches them, and ``.cpp`` files; each by itself, or with
+            arguments of the compiler for it alone.
         output: where to put the shared object.
         defines: macros, ``"NAME"`` or ``"NAME=value"``, for these sources.
         compile_args: further arguments of the compiler for them.
@@ -60,7 +61,8 @@ def build(
     """
     flags = [*_COMMON, *(f"-isystem{path}" for path in cuda_toolkit.include_dirs())]
     own_flags = [*flags, *(f"-D{define}" for define in defines), *compile_args]
-    jobs = [(source.resolve(), own_flags) for source in sources]
+    pairs = (source if isinstance(source, tuple) else (source, ()) for source in sources)
+    jobs = [(source.resolve(), [*own_flags, *arguments]) for source, arguments in pairs]
     jobs += [(source, flags) for source in sorted((ROOT / "csrc" / "emulation").glob("*.cpp"))]
     OBJECTS.mkdir(parents=True, exist_ok=True)
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -7,177 +7,34 @@ A process of its own, since a kernel with a defect may do anything.  Prints what
 
 from __future__ import annotations
 
-import ctypes
 import functools
-import hashlib
 import math
-import re
 import sys
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-from unittest import mock
 
 if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).resolve().parents[level]) for level in range(3)]
 
 import torch
 from backward_mutants import MUTANTS
-from cuda_programs import SOURCES
-from forward_mutants import Mutant
+from forward_mutant_runner import blocks, causal, elements, inputs, lengths, modifiers, plain, ranges, scores
+from forward_variants import ONE_PROCESSOR
 from gradient_variants import BIAS_VARIANTS, PASSES, QueryVariant
-from launches import Memory
-from mutant_runner import (
-    DIRECTORY,
-    STEPS,
-    blocks,
-    causal,
-    elements,
-    inputs,
-    lengths,
-    modifiers,
-    plain,
-    ranges,
-    scores,
-    write,
-)
-from operators import build_arguments
+from mutant_library import Subject, main
+from operators import BACKWARD, attention_by
 from problems import BIAS_SHAPES, assert_same_bits, make_bias, make_inputs, run
-from programs import ROOT
 
-from attn_ext import Causal, Dense, KeyLengths, SlidingWindow, _ops
+from attn_ext import Causal, Dense, KeyLengths, SlidingWindow
 from attn_ext.testing import check_attention
-from tools import emulation
-
-CALLS = """#include "cuda/kernels.h"
-
-namespace {
-constexpr attn_ext::cuda::Device kDevice{.index = 0, .arch = 80, .shared_memory = 163 << 10, .processors = 1};
-}
-extern "C" int64_t workspace(const attn_ext::BackwardParams* params) {
-  return attn_ext::cuda::backward_workspace(*params, kDevice);
-}
-extern "C" void run(const attn_ext::BackwardParams* params, void* memory) {
-  attn_ext::cuda::backward(*params, memory, {.device = kDevice});
-}
-"""
-HOST = ("cuda/backward.cu", "cuda/backward_steps.cu")
 
 
-def table(name: str) -> tuple[str, list[str]]:
-    """variants.def with the kernels of one pass and of its biases only, and their lines."""
+def lines(name: str) -> set[tuple[str, str]]:
+    """The kernels of one pass and of its biases."""
     query = PASSES[name].query
-    wanted = {("KEY_GRADIENT", variant.name) for variant in PASSES[name].keys} | {("QUERY_GRADIENT", name)}
     fits = (v for v in BIAS_VARIANTS if v.dtype == query.dtype and v.key_columns >= query.key_columns)
-    wanted.add(("BIAS_GRADIENT", min(fits, key=lambda variant: variant.key_columns).name))
-    text, lines = [], []
-    for line in (ROOT / "csrc" / "core" / "variants.def").read_text().splitlines():
-        found = re.match(r"([A-Z_]+)\((\w+), ", line)
-        if found and found.groups() in wanted:
-            lines.append(line)
-        if not found or found.groups() in wanted:
-            text.append(line)
-    return "\n".join(text), lines
-
-
-def build(name: str, mutant: Mutant | None = None) -> Path:
-    """A library with the kernels of a pass; the headers of the mutant come before those of csrc."""
-    key = repr((name, mutant)).encode()
-    directory = DIRECTORY / f"backward-{hashlib.sha256(key).hexdigest()[:16]}"
-    text, lines = table(name)
-    write(directory / "core" / "variants.def", text)
-    write(directory / "calls.cpp", CALLS)
-    instances = []
-    for line in lines:  # a translation unit each
-        kind, variant = re.match(r"([A-Z_]+)\((\w+)", line).groups()
-        instances.append(directory / f"{kind.lower()}_{variant}.cu")
-        write(instances[-1], f'#include "cuda/{kind.lower()}_instance.cuh"\n\n{line}\n')
-    sources = {file: ROOT / "csrc" / file for file in HOST}
-    if mutant is not None:
-        genuine = (ROOT / "csrc" / mutant.file).read_text()
-        assert genuine.count(mutant.old) == 1, f"{mutant.what}: {mutant.file} has changed"
-        write(directory / mutant.file, genuine.replace(mutant.old, mutant.new))
-        if mutant.file in sources:
-            sources[mutant.file] = directory / mutant.file
-    return emulation.build(
-        [directory / "calls.cpp", *instances, *sources.values()],
-        directory / "kernels.so",
-        compile_args=[f"-iquote{directory}", "-Wno-error"],
-    )
-
-
-_Workspace = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_void_p)
-_Callback = ctypes.CFUNCTYPE(
-    ctypes.c_bool, ctypes.c_void_p, ctypes.c_void_p, ctypes.POINTER(Memory), ctypes.c_int64
-)
-
-
-@functools.cache
-def _operators() -> ctypes.CDLL:
-    path = ROOT / "build" / "emulation" / "launched_backward.so"
-    emulation.build([SOURCES / "launched_backward.cpp"], path, **build_arguments())
-    torch.ops.load_library(path)
-    return ctypes.CDLL(str(path))
-
-
-class Kernels:
-    """The kernels of a pass on the emulator, in the place of the CPU's."""
-
-    def __init__(self, library: Path) -> None:
-        self.emulator = emulation.Emulator(library)
-        self._run = self.emulator.library.run
-        self._run.argtypes = ctypes.c_void_p, ctypes.c_void_p
-        self._workspace = _Workspace(("workspace", self.emulator.library))
-        self.counters: Counter[str] = Counter()  # what launches executed, and what their accesses cost
-
-    @contextmanager
-    def in_use(self) -> Iterator[None]:
-        """They compute all gradients of attention of CPU tensors; what is wrong is an AssertionError."""
-        errors: list[Exception] = []
-
-        @_Callback
-        def call(params: int, workspace: int, memory: ctypes.Array, count: int) -> bool:
-            try:
-                self._launch(params, workspace, memory[:count])
-            except Exception as error:
-                errors.append(error)
-            return not errors
-
-        _operators().attn_ext_launched_backward_by(self._workspace, call)
-        operator = torch.ops.attn_ext_launched_backward.attention_backward.default
-        try:
-            with mock.patch.object(_ops, "attention_backward", operator):
-                yield
-        except RuntimeError:
-            if errors:
-                raise errors[0] from None
-            raise
-
-    def _launch(self, params: int, workspace: int, memory: list[Memory]) -> None:
-        running = self.emulator
-        running.start(seed=1, access_sites=True, steps_per_block=STEPS)
-        for part in memory:
-            access = running.UNDEFINED if part.is_result else running.READ_ONLY
-            running.library.attn_ext_emulation_register_memory(
-                ctypes.c_void_p(part.address), ctypes.c_size_t(part.bytes), access
-            )
-        self._run(params, workspace)
-        self._count(running.statistics())
-        if errors := running.errors():
-            raise AssertionError(errors.splitlines()[0])
-
-    def _count(self, statistics: dict[str, Any]) -> None:
-        for launch in statistics["launches"]:
-            counts = {name: count for name, count in launch.items() if isinstance(count, int)}
-            self.counters.update({f"{launch['kernel']}: {name}": count for name, count in counts.items()})
-        for site in statistics["sites"]:
-            cost = "wavefronts" if site["space"] == "shared" else "sectors"
-            self.counters[f"{site['kernel']}: {site['operation']}: {cost}"] += site[cost]
-
-
-# Problems
+    bias = min(fits, key=lambda variant: variant.key_columns)
+    keys = {("KEY_GRADIENT", variant.name) for variant in PASSES[name].keys}
+    return keys | {("QUERY_GRADIENT", name), ("BIAS_GRADIENT", bias.name)}
 
 
 def sinks(variant: QueryVariant) -> None:
@@ -283,39 +140,13 @@ PROBLEMS = (
     *(biases, huge, many_tiles, non_finite, several_tiles_of_a_bias),
 )
 
-
-def results(kernels: Kernels, problem: Callable[[QueryVariant], None], name: str) -> tuple[Counter[str], str]:
-    """The counters of a problem's launches, and what is wrong."""
-    torch.manual_seed(0)
-    kernels.counters = Counter()
-    try:
-        with kernels.in_use():
-            problem(PASSES[name].query)
-    except AssertionError as error:
-        return kernels.counters, str(error) or "wrong"
-    return kernels.counters, ""
-
-
-def noticed(index: int) -> str:
-    """How the defect shows first, by results and else by counters; nothing, if it does not."""
-    mutant = MUTANTS[index]
-    genuine, kernels = Kernels(build(mutant.variant)), Kernels(build(mutant.variant, mutant))
-    of_mutant = {}
-    for problem in PROBLEMS:
-        of_mutant[problem], wrong = results(kernels, problem, mutant.variant)
-        if wrong:
-            _, of_genuine = results(genuine, problem, mutant.variant)
-            assert not of_genuine, f"{problem.__name__}: {of_genuine}"
-            return f"{problem.__name__}: {wrong.splitlines()[0]}"
-    for problem, counters in of_mutant.items():
-        expected, wrong = results(genuine, problem, mutant.variant)
-        assert not wrong, f"{problem.__name__}: {wrong}"
-        if counters != expected:
-            name = min(name for name in counters | expected if counters[name] != expected[name])
-            return f"{problem.__name__}: {name}: {counters[name]}, not {expected[name]}"
-    return ""
-
-
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    print(noticed(int(sys.argv[1])))
+    subject = Subject(
+        files=("backward.cu", "backward_steps.cu"),
+        lines=lines,
+        variants={name: kernels.query for name, kernels in PASSES.items()},
+        problems=PROBLEMS,
+        by=functools.partial(attention_by, names=BACKWARD),
+        device=ONE_PROCESSOR,
+    )
+    main(subject, MUTANTS)

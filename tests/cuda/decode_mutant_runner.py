@@ -7,11 +7,7 @@ A process of its own, since a kernel with a defect may do anything.  Prints what
 
 from __future__ import annotations
 
-import ctypes
-import hashlib
 import sys
-from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,72 +15,15 @@ if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).resolve().parents[level]) for level in range(3)]
 
 import torch
-from decode_launches import DecodeLaunch, decode_launched
-from decode_mutants import MUTANTS, Mutant
+from decode_mutants import MUTANTS
 from decode_variants import BY_NAME, DecodeVariant, check_means, read_back
-from mutant_runner import DIRECTORY, STEPS, write
-from programs import ROOT
+from emulated import A100
+from mutant_library import Subject, main
+from operators import decode_by
 from test_decode import Problem, rotate, tables
 from test_decode_emulated import check
 
 from attn_ext import attention_decode
-from tools import emulation
-
-SOURCE = """#include "cuda/decode_append.cu"
-#include "cuda/decode_instance.cuh"
-#include "cuda/decode_merge.cu"
-
-{line}
-
-extern "C" void run(const attn_ext::DeviceDecodeParams* params) {{
-  using namespace attn_ext::cuda;
-  if (params->shape.kv_len > 0) append(*params, {{}});
-  decode_{variant}.launch(*params, {{}}, decode_{variant});
-  merge_ranges(*params, {{}});
-}}
-"""
-
-
-def build(variant: str, mutant: Mutant | None = None) -> Path:
-    """A library with one set of kernels; the files of the mutant come before those of csrc."""
-    directory = DIRECTORY / hashlib.sha256(repr(("decode", variant, mutant)).encode()).hexdigest()[:16]
-    lines = (ROOT / "csrc" / "core" / "variants.def").read_text().splitlines()
-    (line,) = (line for line in lines if line.startswith(f"DECODE({variant},"))
-    write(directory / "kernel.cu", SOURCE.format(line=line, variant=variant))
-    if mutant is not None:
-        text = (ROOT / "csrc" / mutant.file).read_text()
-        assert text.count(mutant.old) == 1, f"{mutant.what}: {mutant.file} has changed"
-        write(directory / mutant.file, text.replace(mutant.old, mutant.new))
-    arguments = [f"-iquote{directory}", "-Wno-error"]
-    return emulation.build([directory / "kernel.cu"], directory / "kernel.so", compile_args=arguments)
-
-
-class Kernels:
-    """Those of a library on the emulator, in the place of those of `decode_launched`."""
-
-    def __init__(self, library: Path) -> None:
-        self.emulator = emulation.Emulator(library)
-        self._run = self.emulator.library.run
-        self.counters: Counter[str] = Counter()  # what launches executed, and what their accesses cost
-
-    def __call__(self, launch: DecodeLaunch) -> None:
-        running = self.emulator
-        running.start(seed=1, access_sites=True, steps_per_block=STEPS)
-        for memory in launch.memory:
-            access = (running.READ_ONLY, running.READ_WRITE, running.UNDEFINED)[memory.is_result]
-            running.library.attn_ext_emulation_register_memory(memory.address, memory.bytes, access)
-        self._run(ctypes.create_string_buffer(launch.params, len(launch.params)))
-        statistics = running.statistics()
-        for counts in statistics["launches"]:
-            self.counters.update({name: n for name, n in counts.items() if isinstance(n, int)})
-        for site in statistics["sites"]:
-            cost = "wavefronts" if site["space"] == "shared" else "sectors"
-            self.counters[f"{site['operation']}: {cost}"] += site[cost]
-        if errors := running.errors():
-            raise AssertionError(errors.splitlines()[0])
-
-
-# Problems
 
 
 def decode(variant: DecodeVariant, lengths: tuple[int, ...], **sizes: Any) -> tuple[Problem, dict]:
@@ -189,39 +128,13 @@ def by_operator(*arguments: Any, **options: Any) -> None:
 
 PROBLEMS = (plain, windows, odd, scores, hidden, wrong, append)
 
-
-def results(
-    kernels: Kernels, variant: DecodeVariant, problem: Callable[[DecodeVariant], None]
-) -> tuple[Counter[str], str]:
-    """The counters of a problem's launches, and what is wrong."""
-    torch.manual_seed(0)
-    kernels.counters = Counter()
-    try:
-        with decode_launched(kernels):
-            problem(variant)
-    except AssertionError as error:
-        return kernels.counters, str(error) or "wrong"
-    return kernels.counters, ""
-
-
-def noticed(index: int) -> str:
-    """How the defect shows first; nothing, if it does not."""
-    mutant = MUTANTS[index]
-    variant = BY_NAME[mutant.variant]
-    genuine = Kernels(build(variant.name))
-    kernels = Kernels(build(variant.name, mutant))
-    for problem in PROBLEMS:
-        expected, wrong_one = results(genuine, variant, problem)
-        assert not wrong_one, f"{problem.__name__}: {wrong_one}"
-        counters, wrong_one = results(kernels, variant, problem)
-        if wrong_one:
-            return f"{problem.__name__}: {wrong_one.splitlines()[0]}"
-        if counters != expected:
-            name = min(name for name in counters | expected if counters[name] != expected[name])
-            return f"{problem.__name__}: {name}: {counters[name]}, not {expected[name]}"
-    return ""
-
-
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    print(noticed(int(sys.argv[1])))
+    subject = Subject(
+        files=("decode.cu", "decode_append.cu", "decode_merge.cu"),
+        lines=lambda name: {("DECODE", name)},
+        variants=BY_NAME,
+        problems=PROBLEMS,
+        by=decode_by,
+        device=A100._replace(processors=4),
+    )
+    main(subject, MUTANTS)

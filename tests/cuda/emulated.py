@@ -26,6 +26,7 @@ class Device(NamedTuple):
 
 
 A100 = Device()
+SM_75 = Device(arch=75, shared_memory=64 << 10, processors=68)
 
 
 @functools.cache

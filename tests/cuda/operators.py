@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
@@ -11,6 +11,10 @@ import torch
 from torch.utils import cpp_extension
 
 from attn_ext import _ops, _support, decode
+
+FORWARD, BACKWARD = ("attention_forward", "attention_output"), ("attention_backward",)
+ATTENTION = (*FORWARD, *BACKWARD, "dropout_mask")
+_HANDLES = {"attention_forward": "_forward_handle", "attention_output": "_output_handle"}
 
 
 def build_arguments() -> dict[str, list[str]]:
@@ -24,20 +28,13 @@ def build_arguments() -> dict[str, list[str]]:
 
 
 @contextmanager
-def attention_by(namespace: str) -> Iterator[None]:
-    """The public functions call the operators of `torch.ops.<namespace>`, as far as there are any."""
+def attention_by(namespace: str, names: Iterable[str] = ATTENTION) -> Iterator[None]:
+    """The public functions call these operators of `torch.ops.<namespace>`."""
     operators = getattr(torch.ops, namespace)
-    replaced = {}
-    for name in ("attention_forward", "attention_output", "attention_backward", "dropout_mask"):
-        if hasattr(operators, name):
-            replaced[name] = getattr(operators, name).default
+    replaced = {name: getattr(operators, name).default for name in names}
+    handles = {_HANDLES[name]: replaced[name]._handle for name in _HANDLES if name in replaced}
     with (
-        mock.patch.multiple(
-            _ops,
-            _forward_handle=replaced["attention_forward"]._handle,
-            _output_handle=replaced["attention_output"]._handle,
-            **replaced,
-        ),
+        mock.patch.multiple(_ops, **replaced, **handles),
         mock.patch.dict(_support.SELECTORS, cpu=operators),
     ):
         yield

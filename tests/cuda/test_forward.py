@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from cuda_problems import DTYPES, make_cuda_options
-from emulated import A100, Device, emulated
+from emulated import A100, SM_75, Device, emulated
 from forward_variants import BY_NAME, ELEMENTS, ONE_PROCESSOR, VARIANTS, Variant
 from problems import (
     BIAS_SHAPES,
@@ -30,7 +30,6 @@ from attn_ext import Causal, Dense, KeyLengths, SlidingWindow, _ops
 from attn_ext.testing import check_attention
 
 SM_86 = Device(arch=86, shared_memory=99 << 10, processors=84)
-SM_75 = Device(arch=75, shared_memory=64 << 10, processors=68)
 MODIFIERS = tuple(feature for feature in FEATURES if feature != "sinks")  # of scores or weights
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from forward_mutants import MUTANTS, Mutant
 from programs import ROOT
 
-RUNNER = Path(__file__).with_name("mutant_runner.py")
+RUNNER = Path(__file__).with_name("forward_mutant_runner.py")
 SAMPLE = range(5, len(MUTANTS), 12)
 JOBS = 2
 SECONDS = 300

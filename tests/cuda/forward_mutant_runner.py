@@ -1,17 +1,14 @@
 """Runs one CUDA forward kernel, as it is and with a planted defect, and says how the defect shows.
 
-    python tests/cuda/mutant_runner.py INDEX
+    python tests/cuda/forward_mutant_runner.py INDEX
 
 A process of its own, since a kernel with a defect may do anything.  Prints what was noticed, if anything.
 """
 
 from __future__ import annotations
 
-import ctypes
-import hashlib
+import functools
 import sys
-from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,80 +16,15 @@ if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).resolve().parents[level]) for level in range(3)]
 
 import torch
-from forward_mutants import MUTANTS, Mutant
-from forward_variants import BY_NAME, Variant
-from launches import Launch, launched
+from forward_mutants import MUTANTS
+from forward_variants import BY_NAME, ONE_PROCESSOR, Variant
+from mutant_library import Subject, main
+from operators import FORWARD, attention_by
 from problems import make_block_mask, make_inputs
-from programs import ROOT
 
 import attn_ext
 from attn_ext import Causal, Dense, KeyLengths, Prefix, Segments, SlidingWindow
 from attn_ext.testing import check_attention
-from tools import emulation
-
-DIRECTORY = ROOT / "build" / "emulation" / "mutants"
-STEPS = 1 << 22  # accesses of a block, many times what a whole kernel needs
-
-SOURCE = """#include "cuda/forward_instance.cuh"
-
-{line}
-
-extern "C" void run(const attn_ext::ForwardParams* params) {{
-  const attn_ext::cuda::ForwardVariant& variant = attn_ext::cuda::forward_{variant};
-  variant.launch(*params, {{}}, variant);
-}}
-"""
-
-
-def write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists() or path.read_text() != text:
-        path.write_text(text)
-
-
-def build(variant: str, mutant: Mutant | None = None) -> Path:
-    """A library with one kernel; the headers of the mutant come before those of csrc."""
-    directory = DIRECTORY / hashlib.sha256(repr((variant, mutant)).encode()).hexdigest()[:16]
-    lines = (ROOT / "csrc" / "core" / "variants.def").read_text().splitlines()
-    (line,) = (line for line in lines if line.startswith(f"FORWARD({variant},"))
-    write(directory / "kernel.cu", SOURCE.format(line=line, variant=variant))
-    if mutant is not None:
-        text = (ROOT / "csrc" / mutant.file).read_text()
-        assert text.count(mutant.old) == 1, f"{mutant.what}: {mutant.file} has changed"
-        write(directory / mutant.file, text.replace(mutant.old, mutant.new))
-    arguments = [f"-iquote{directory}", "-Wno-error"]
-    return emulation.build([directory / "kernel.cu"], directory / "kernel.so", compile_args=arguments)
-
-
-class Kernel:
-    """A kernel on the emulator, in the place of that of `launched`."""
-
-    def __init__(self, library: Path) -> None:
-        self.emulator = emulation.Emulator(library)
-        self._run = self.emulator.library.run
-        self.counters: Counter[str] = Counter()  # what launches executed, and what their accesses cost
-
-    def __call__(self, launch: Launch) -> None:
-        running = self.emulator
-        running.start(seed=1, access_sites=True, steps_per_block=STEPS)
-        for memory in launch.memory:
-            access = running.UNDEFINED if memory.is_result else running.READ_ONLY
-            running.library.attn_ext_emulation_register_memory(memory.address, memory.bytes, access)
-        params = ctypes.create_string_buffer(launch.params, len(launch.params))
-        self._run(params)
-        self._count(running.statistics())
-        if errors := running.errors():
-            raise AssertionError(errors.splitlines()[0])
-
-    def _count(self, statistics: dict[str, Any]) -> None:
-        (launch,) = statistics["launches"]
-        self.counters.update({name: count for name, count in launch.items() if isinstance(count, int)})
-        for site in statistics["sites"]:
-            cost = "wavefronts" if site["space"] == "shared" else "sectors"
-            self.counters[f"{site['operation']}: {cost}"] += site[cost]
-
-
-# Problems
 
 
 def modifiers(variant: Variant, **options: Any) -> dict[str, Any]:
@@ -214,37 +146,15 @@ def non_finite(variant: Variant) -> None:
 
 PROBLEMS = (plain, causal, ranges, elements, blocks, scores, packed, growing, huge, non_finite)
 
-
-def results(kernel: Kernel, variant: Variant, problem: Callable[[Variant], None]) -> tuple[Counter[str], str]:
-    """The counters of a problem's launches, and what is wrong."""
-    torch.manual_seed(0)
-    kernel.counters = Counter()
-    try:
-        with launched(kernel):
-            problem(variant)
-    except AssertionError as error:
-        return kernel.counters, str(error) or "wrong"
-    return kernel.counters, ""
-
-
-def noticed(index: int) -> str:
-    """How the defect shows first; nothing, if it does not."""
-    mutant = MUTANTS[index]
-    variant = BY_NAME[mutant.variant]
-    genuine = Kernel(build(variant.name))
-    kernel = Kernel(build(variant.name, mutant))
-    for problem in PROBLEMS:
-        expected, wrong = results(genuine, variant, problem)
-        assert not wrong, f"{problem.__name__}: {wrong}"
-        counters, wrong = results(kernel, variant, problem)
-        if wrong:
-            return f"{problem.__name__}: {wrong.splitlines()[0]}"
-        if counters != expected:
-            name = min(name for name in counters | expected if counters[name] != expected[name])
-            return f"{problem.__name__}: {name}: {counters[name]}, not {expected[name]}"
-    return ""
-
-
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    print(noticed(int(sys.argv[1])))
+    subject = Subject(
+        files=("forward.cu",),
+        lines=lambda name: {("FORWARD", name)},
+        variants=BY_NAME,
+        problems=PROBLEMS,
+        by=functools.partial(
+            attention_by, names=FORWARD
+        ),  # backward is the CPU's, given what the kernel left
+        device=ONE_PROCESSOR,
+    )
+    main(subject, MUTANTS)
