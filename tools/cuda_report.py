@@ -147,8 +147,8 @@ beyond 2^10, which FlashAttention does not tell apart, and copies that are clipp
 
 FlashAttention-2's backward pass, sm_80, 128, causal, queries x keys 64 x 128, 8 warps: 255 registers, 152
 bytes spilled, 977 instructions, of them 32 atomic additions to dQ: 4552 executed by all warps for 64 x 64
-pairs.  Here that is four warps' turns of `key_gradient_bf16_128` and of `query_gradient_bf16_128`, whose
-tile has as many pairs, and no atomics.
+pairs.  Here that is four warps' turns of `key_gradient_bf16_128` and of `query_gradient_bf16_128_long`, whose
+tile has as many pairs, about 110 more of the first warp, which finds the tiles, and no atomics.
 """
 
 

@@ -41,11 +41,6 @@ constexpr int64_t kAlignment = 256;
 constexpr int64_t kBiasBlocks = 1024;              // worth having, for balance
 constexpr int64_t kBiasPartials = int64_t{1} << 24;  // floats they may have between them
 
-bool runs(const BackwardVariant& v, const BackwardParams& p, const Device& device) {
-  return v.dtype == p.dtype && v.key_columns >= p.shape.head_dim && v.value_columns >= p.shape.value_dim &&
-         v.shared_bytes <= device.shared_memory && (v.modified || !is_modified(p));
-}
-
 const BackwardVariant* select(Variants variants, const BackwardParams& p, const Device& device,
                               KeyOutputs outputs = KeyOutputs::both) {
   const BackwardVariant* best = nullptr;

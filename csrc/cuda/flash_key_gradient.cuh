@@ -64,23 +64,15 @@ __global__ void __launch_bounds__(F::kThreads, 1) flash_key_gradient(const __gri
     grad_copy.clear_columns(at + F::kGradOutTile);
   }
 
-  const auto own_query = query_copy.own_chunk(p.query);
-  const auto own_grad = grad_copy.own_chunk(p.grad_out);
+  const MetCopy met_queries(query_copy, p.query);
+  const MetCopy met_grads(grad_copy, p.grad_out);
   auto& walk = *reinterpret_cast<typename F::Walk*>(shared + F::kWalk);
   const auto fetch = [&](uint32_t turn, uint32_t stage) {
     const MetTile& from = walk.at(turn);
     if (from.exists()) {
       const uint32_t to = shared0 + F::kFirstStage + stage * F::kStageBytes;
       const int left = static_cast<int>(shape.query_len) - from.tile() * M;
-      const Rows queries = query_copy.rows_from(from.first, own_query, p.query, left);
-      const Rows grads = grad_copy.rows_from(from.second, own_grad, p.grad_out, left);
-      if (!from.is_clipped()) {
-        query_copy.all(to + F::kQueryTile, queries);
-        grad_copy.all(to + F::kGradOutTile, grads);
-      } else {
-        query_copy.clipped(to + F::kQueryTile, queries, 0);
-        grad_copy.clipped(to + F::kGradOutTile, grads, 0);
-      }
+      copy_met(from, left, met_queries, to + F::kQueryTile, met_grads, to + F::kGradOutTile);
       if (threadIdx.x < F::kRowsBytes / 16) {
         cp_async16(shared0 + F::kRows + stage * F::kRowsBytes + threadIdx.x * 16, from.terms + threadIdx.x * 4);
       }
@@ -124,14 +116,18 @@ __global__ void __launch_bounds__(F::kThreads, 1) flash_key_gradient(const __gri
     const bool precise = F::kAlwaysPrecise || (kIsPartial && walk.at(turn).is_precise());
     const int query0 = walk.at(turn).tile() * M;
     // Addresses move to the stage once, or, if there are no registers for that, at every use.
-    const uint32_t stage_at = stage * F::kStageBytes, once = F::kModified ? 0 : stage_at;
-    const auto queries = key_tile.moved(once);
-    const auto grads = value_tile.moved(once);
-    const uint32_t query_at = F::kFirstStage + F::kQueryTile + (stage_at - once), grad_at = query_at + F::kGradOutTile;
+    const uint32_t stage_at = stage * F::kStageBytes, moved_by = F::kModified ? 0 : stage_at;
+    const auto moved = [&](const auto& tiles) {
+      if constexpr (F::kModified) return tiles;
+      else return tiles.moved(moved_by);
+    };
+    const auto queries = moved(key_tile);
+    const auto grads = moved(value_tile);
+    const uint32_t query_at = F::kFirstStage + F::kQueryTile + (stage_at - moved_by), grad_at = query_at + F::kGradOutTile;
     const auto* const rows =
         reinterpret_cast<const float*>(shared + F::kRows + stage * F::kRowsBytes) + RowTerms::normalizer(Place::first_query());
-    const ValueGuard<typename F::Query, Math, decltype(query_copy), MI> query_guard(query_copy, shared + once + query_at);
-    ValueGuard<typename F::GradOut, Math, decltype(grad_copy), MI> grad_guard(grad_copy, shared + once + grad_at);
+    const ValueGuard<typename F::Query, Math, decltype(query_copy), MI> query_guard(query_copy, shared + F::kFirstStage + F::kQueryTile + stage_at);
+    ValueGuard<typename F::GradOut, Math, decltype(grad_copy), MI> grad_guard(grad_copy, shared + F::kFirstStage + F::kGradOutTile + stage_at);
     bool finite = true;
     if (kIsPartial || (F::kModified && p.dropout.enabled())) {
       const BlockTile at = walk.own();
@@ -219,10 +215,7 @@ __global__ void __launch_bounds__(F::kThreads, 1) flash_key_gradient(const __gri
       fetch(turn + 1, 0);
     }
   };
-  while (walk.at(turn).exists()) {
-    for (; walk.at(turn).is_whole(); ++turn) visit(std::false_type());
-    for (; walk.at(turn).is_partial(); ++turn) visit(std::true_type());
-  }
+  walk.for_each(turn, visit);
   cp_async_wait<0>();
   __syncthreads();
 

@@ -61,23 +61,15 @@ __global__ void __launch_bounds__(F::kThreads, 1) flash_query_gradient(const __g
     key_copy.clear_columns(at + F::kKeyTile);
     value_copy.clear_columns(at + F::kValueTile);
   }
-  const auto own_key = key_copy.own_chunk(p.key);
-  const auto own_value = value_copy.own_chunk(p.value);
+  const MetCopy met_keys(key_copy, p.key);
+  const MetCopy met_values(value_copy, p.value);
   auto& walk = *reinterpret_cast<typename F::Walk*>(shared + F::kWalk);
   const auto fetch = [&](uint32_t turn, uint32_t stage) {
     const MetTile& from = walk.at(turn);
     if (from.exists()) {
       const uint32_t to = shared0 + F::kFirstStage + stage * F::kStageBytes;
       const int left = static_cast<int>(shape.kv_len) - from.tile() * N;
-      const Rows keys = key_copy.rows_from(from.first, own_key, p.key, left);
-      const Rows values = value_copy.rows_from(from.second, own_value, p.value, left);
-      if (!from.is_clipped()) {
-        key_copy.all(to + F::kKeyTile, keys);
-        value_copy.all(to + F::kValueTile, values);
-      } else {
-        key_copy.clipped(to + F::kKeyTile, keys, 0);
-        value_copy.clipped(to + F::kValueTile, values, 0);
-      }
+      copy_met(from, left, met_keys, to + F::kKeyTile, met_values, to + F::kValueTile);
     }
     cp_async_commit();
   };
@@ -138,11 +130,15 @@ __global__ void __launch_bounds__(F::kThreads, 1) flash_query_gradient(const __g
     const int key0 = walk.at(turn).tile() * N, own0 = at.tile * M + row0;
     const ScoreTerms<Place> terms(p, a.factors, at.batch, at.head, own0);
     // Addresses move to the stage once, or, if there are no registers for that, at every use.
-    const uint32_t stage_at = stage * F::kStageBytes, once = F::kModified ? 0 : stage_at;
-    const auto keys = key_tile.moved(once);
-    const auto values = value_tile.moved(once);
-    const uint32_t key_at = F::kFirstStage + F::kKeyTile + (stage_at - once), value_at = key_at + F::kValueTile;
-    const ValueGuard<typename F::Key, Math, decltype(key_copy), MI> guard(key_copy, shared + once + key_at);
+    const uint32_t stage_at = stage * F::kStageBytes, moved_by = F::kModified ? 0 : stage_at;
+    const auto moved = [&](const auto& tiles) {
+      if constexpr (F::kModified) return tiles;
+      else return tiles.moved(moved_by);
+    };
+    const auto keys = moved(key_tile);
+    const auto values = moved(value_tile);
+    const uint32_t key_at = F::kFirstStage + F::kKeyTile + (stage_at - moved_by), value_at = key_at + F::kValueTile;
+    const ValueGuard<typename F::Key, Math, decltype(key_copy), MI> guard(key_copy, shared + F::kFirstStage + F::kKeyTile + stage_at);
     bool finite = true;
     uint32_t seen[Place::kQueries];
     if constexpr (kIsPartial) {
@@ -191,10 +187,7 @@ __global__ void __launch_bounds__(F::kThreads, 1) flash_query_gradient(const __g
       fetch(turn + 1, 0);
     }
   };
-  while (walk.at(turn).exists()) {
-    for (; walk.at(turn).is_whole(); ++turn) visit(std::false_type());
-    for (; walk.at(turn).is_partial(); ++turn) visit(std::true_type());
-  }
+  walk.for_each(turn, visit);
   cp_async_wait<0>();
 
   for_elements<MI, kKeyColumns / 8>([&](int mi, int h, int j, int e) { dq[mi][j][2 * h + e] *= a.scale; });

@@ -18,11 +18,6 @@ struct FmaMath {
     DEVICE Tiles(const unsigned char* shared, int row0) : shared(shared), own_row(row0 + lane_index() / 4) {}
     template <class Other>
     DEVICE Tiles(const Other&, const unsigned char* shared, int row0) : Tiles(shared, row0) {}
-    DEVICE Tiles moved(uint32_t by) const {
-      Tiles result = *this;
-      result.shared += by;
-      return result;
-    }
     DEVICE float4 load(uint32_t tile, int row, int chunk) const {
       return *reinterpret_cast<const float4*>(shared + tile + Row::at(row, chunk));
     }
@@ -35,7 +30,6 @@ struct FmaMath {
 
     DEVICE Rows(const Tiles<Columns>& tiles, uint32_t tile) : tiles(tiles), tile(tile) {}
     DEVICE void fetch() {}
-    DEVICE float4 load(int chunk, int further) const { return tiles.load(tile, tiles.own_row + further, chunk); }
   };
 
   template <int Columns, int NJ, bool InRegisters>
@@ -43,7 +37,7 @@ struct FmaMath {
                                  uint32_t b_tile) {
 #pragma unroll 1
     for (int chunk = 0; chunk < Columns / 4; ++chunk) {
-      const float4 a[2] = {rows.load(chunk, 0), rows.load(chunk, 8)};
+      const float4 a[2] = {tiles.load(rows.tile, tiles.own_row, chunk), tiles.load(rows.tile, tiles.own_row + 8, chunk)};
       UNROLL for (int j = 0; j < NJ; ++j)
         UNROLL for (int e = 0; e < 2; ++e) {
           const float4 b = tiles.load(b_tile, 8 * j + lane_index() % 4 * 2 + e, chunk);

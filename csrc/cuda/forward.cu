@@ -17,11 +17,6 @@ std::span<const ForwardVariant* const> forward_variants() {
 
 namespace {
 
-bool runs(const ForwardVariant& v, const ForwardParams& p, const Device& device) {
-  return v.dtype == p.dtype && v.key_columns >= p.shape.head_dim && v.value_columns >= p.shape.value_dim &&
-         v.shared_bytes <= device.shared_memory && (v.modified || !is_modified(p));
-}
-
 const ForwardVariant* select(const ForwardParams& p, const Device& device) {
   const ForwardVariant* best = nullptr;
   for (const ForwardVariant* v : forward_variants())

@@ -61,7 +61,8 @@ struct RowsOperand {
   }
 };
 
-// How many steps of S = Q K^T are unrolled.  The loop's end is where ptxas has to stop fetching ahead, at the cost of registers.
+// How many steps of A * B^T are unrolled.  The loop's end is where ptxas has to stop fetching ahead, at the cost of registers: where
+// a variant would spill it comes early.
 template <int Columns, int MI, int NJ, bool InRegisters>
 constexpr int steps_at_once() {
   constexpr int kAll = Columns / 16;

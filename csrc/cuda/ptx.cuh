@@ -9,13 +9,6 @@
 
 namespace attn_ext::cuda {
 
-// From sm_100 on ptxas works on pairs of registers, and has none to spare where on others it just does.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-constexpr bool kSparesRegisters = false;
-#else
-constexpr bool kSparesRegisters = true;
-#endif
-
 constexpr uint32_t kAllLanes = 0xffffffffu;
 
 DEVICE int lane_index() { return threadIdx.x & 31; }

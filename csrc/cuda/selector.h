@@ -37,6 +37,13 @@ inline bool is_modified(const AttentionParams& p) {
          !(0x1p-100 <= p.score.scale && p.score.scale <= 0x1p100);
 }
 
+// Whether the kernel of a variant takes a call.
+template <class Variant>
+bool runs(const Variant& v, const AttentionParams& p, const Device& device) {
+  return v.dtype == p.dtype && v.key_columns >= p.shape.head_dim && v.value_columns >= p.shape.value_dim &&
+         v.shared_bytes <= device.shared_memory && (v.modified || !is_modified(p));
+}
+
 inline int64_t tiles(int64_t length, int of) { return (length + of - 1) / of; }
 
 // Which of two kernels that both take a call is to: the one with fewer columns, then without a look at modifiers, then with more
@@ -50,7 +57,7 @@ bool better(const Variant& a, const Variant& b, const AttentionParams& p, const 
   if (a.queries == b.queries) return false;
   const Variant& longer = a.queries > b.queries ? a : b;
   const bool many = tiles(p.shape.query_len, longer.queries) * p.shape.heads * p.shape.batch >= 2 * device.processors;
-  const bool fits = !p.mask.blocks.offsets || longer.queries <= p.mask.blocks.query_block;
+  const bool fits = !p.mask.blocks.offsets || p.mask.blocks.query_block % longer.queries == 0;
   return (&longer == &a) == (many && fits);
 }
 

@@ -52,11 +52,13 @@ class TileSoftmax {
 
   OnlineSoftmax<float, ThreadMath> row_[MI][2];  // l over this thread's columns
   const float factor_;                           // > 0, what brings scores to units of log2
-  float exponent_factor_;                        // the same, or 1 where scores are huge and multiplied before
-  float bound_ = kBound;                         // -inf while they are: every tile then takes the long way
+  // Of each block of 16 rows, whatever others a warp has: kBound, or -inf while scores are huge, and every tile takes the long way.
+  float bound_[MI];
 
  public:
-  DEVICE explicit TileSoftmax(float factor) : factor_(factor), exponent_factor_(factor) {}
+  DEVICE explicit TileSoftmax(float factor) : factor_(factor) {
+    UNROLL for (int mi = 0; mi < MI; ++mi) bound_[mi] = kBound;
+  }
 
   // After one score, in units of log2, whose value is 0.
   DEVICE void sink(float score) {
@@ -65,7 +67,7 @@ class TileSoftmax {
         row_[mi][h].raise(score + kExponent);
         if (lane_index() % 4 == 0) row_[mi][h].add(weight(score - row_[mi][h].m));
       }
-    if (fabsf(score) > kHuge) bound_ = -INFINITY;
+    if (fabsf(score) > kHuge) UNROLL for (int mi = 0; mi < MI; ++mi) bound_[mi] = -INFINITY;
   }
 
   // Scores become weights; the output so far moves along.
@@ -80,24 +82,25 @@ class TileSoftmax {
         x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, 1));
         x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, 2));
         top[mi][h] = x;
-        outgrown |= fused(x, factor_, -row_[mi][h].m) > bound_;
+        outgrown |= fused(x, factor_, -row_[mi][h].m) > bound_[mi];
       }
     if (__any_sync(kAllLanes, outgrown)) {
       raise(top, o);
-      if (bound_ != kBound) {
-        for_elements<MI, NJ>([&](int mi, int h, int j, int e) { s[mi][j][2 * h + e] *= factor_; });
-        exponent_factor_ = 1.f;
-      }
+      for_huge([&](int mi) {
+        for_elements<1, NJ>([&](int, int h, int j, int e) { s[mi][j][2 * h + e] *= factor_; });
+      });
     }
+    float factor[MI];  // that is left
+    UNROLL for (int mi = 0; mi < MI; ++mi) factor[mi] = bound_[mi] == kBound ? factor_ : 1.f;
     for_elements<MI, NJ>([&](int mi, int h, int j, int e) {
       float& p = s[mi][j][2 * h + e];
-      p = weight(fused(p, exponent_factor_, -row_[mi][h].m));
+      p = weight(fused(p, factor[mi], -row_[mi][h].m));
       row_[mi][h].add(p);
     });
     if constexpr (kExponent > 0.f) {
-      if (bound_ != kBound) {
-        for_elements<MI, NJ>([&](int mi, int h, int j, int e) { s[mi][j][2 * h + e] *= output_factor(mi, h); });
-      }
+      for_huge([&](int mi) {
+        for_elements<1, NJ>([&](int, int h, int j, int e) { s[mi][j][2 * h + e] *= output_factor(mi, h); });
+      });
     }
   }
 
@@ -127,19 +130,25 @@ class TileSoftmax {
   DEVICE static void scale_row(Accumulators<MI, DJ>& o, int mi, int h, float factor) {
     UNROLL for (int j = 0; j < DJ; ++j) o[mi][j][2 * h] *= factor, o[mi][j][2 * h + 1] *= factor;
   }
+  // Calls f(mi) for the blocks of rows whose scores are huge.
+  template <class F>
+  DEVICE void for_huge(const F& f) const {
+    UNROLL for (int mi = 0; mi < MI; ++mi)
+      if (bound_[mi] != kBound) f(mi);
+  }
   // Rows decide for themselves, so that what they are does not depend on their neighbours.
   template <int DJ>
   DEVICE void raise(const float (&top)[MI][2], Accumulators<MI, DJ>& o) {
-    bool huge = false;
-    UNROLL for (int mi = 0; mi < MI; ++mi)
+    UNROLL for (int mi = 0; mi < MI; ++mi) {
+      bool huge = false;
       UNROLL for (int h = 0; h < 2; ++h) {
         const float score = top[mi][h] * factor_;
         const bool grows = fused(top[mi][h], factor_, -row_[mi][h].m) > kBound || fabsf(score) > kHuge;
         scale_row(o, mi, h, row_[mi][h].raise(grows ? score + kExponent : -INFINITY));
         huge |= row_[mi][h].m != std::numeric_limits<float>::lowest() && fabsf(row_[mi][h].m) > kHuge;
       }
-    bound_ = __any_sync(kAllLanes, huge) ? -INFINITY : kBound;
-    exponent_factor_ = factor_;
+      bound_[mi] = __any_sync(kAllLanes, huge) ? -INFINITY : kBound;
+    }
   }
 };
 

@@ -49,13 +49,13 @@ class TileCopy {
         chunk_(threadIdx.x % Tile::kSpan),
         groups_((static_cast<int>(columns) / Tile::kPerChunk - chunk_ + Tile::kSpan - 1) / Tile::kSpan),
         to_(to) {}
-  DEVICE static uint32_t row_bytes(const ConstTensorView& tensor) { return static_cast<uint32_t>(tensor.stride_row) * kBytesPerElement; }
-  DEVICE static uint32_t own_chunk(uint32_t thread, const ConstTensorView& tensor) {
+  DEVICE static uint32_t chunk_offset(uint32_t thread, const ConstTensorView& tensor) {
     return thread / Tile::kSpan * row_bytes(tensor) + thread % Tile::kSpan * 16;
   }
   DEVICE static uint32_t place(int pass, int group) { return pass * kRowsPerPass * Tile::kPitch + group * Tile::kSpan * 16; }
 
  public:
+  DEVICE static uint32_t row_bytes(const ConstTensorView& tensor) { return static_cast<uint32_t>(tensor.stride_row) * kBytesPerElement; }
   // Of a matrix of so many columns, a whole number of chunks.
   DEVICE explicit TileCopy(int64_t columns) : TileCopy(pin(Tile::at(threadIdx.x / Tile::kSpan, threadIdx.x % Tile::kSpan)), columns) {}
   // Of another matrix: the two share what they have in common.
@@ -64,19 +64,15 @@ class TileCopy {
   DEVICE TileCopy(const Other&, int64_t columns) : TileCopy(columns) {}
 
   DEVICE Rows rows(const void* matrix, int64_t row_stride, int64_t count) const {
+    const int row_bytes = static_cast<int>(row_stride) * kBytesPerElement;
     const char* first = static_cast<const char*>(matrix) + row_ * row_stride * kBytesPerElement + chunk_ * 16;
-    return {pin(first), static_cast<int>(row_stride) * kBytesPerElement, static_cast<int>(count)};
+    return {pin(first), row_bytes, static_cast<int>(count)};
   }
   // Says how many bytes after the first row's start this thread's chunk of it is: kept in a register, or, if tiles are large
   // and leave few, made anew each time.
   DEVICE static auto own_chunk(const ConstTensorView& tensor) {
-    if constexpr (kGroups == 1) return [bytes = pin(own_chunk(threadIdx.x, tensor))] { return bytes; };
-    else return [&tensor] { return own_chunk(thread_anew(), tensor); };
-  }
-  // Those of a tensor from the one at `first` on, to be used at once.
-  template <class OwnChunk>
-  DEVICE static Rows rows_from(const char* first, const OwnChunk& own, const ConstTensorView& tensor, int count) {
-    return {first + own(), static_cast<int>(row_bytes(tensor)), count};
+    if constexpr (kGroups == 1) return [bytes = pin(chunk_offset(threadIdx.x, tensor))] { return bytes; };
+    else return [&tensor] { return chunk_offset(thread_anew(), tensor); };
   }
   // Zeros in the columns that the matrix does not have: no copy touches them.
   DEVICE void clear_columns(unsigned char* tile) const {
@@ -98,7 +94,7 @@ class TileCopy {
     }
   }
   // Rows from the first on, all of which exist, with all their columns.
-  DEVICE void all(uint32_t tile, const Rows& from) const {
+  DEVICE void unclipped(uint32_t tile, const Rows& from) const {
     const char* p = from.data;
     UNROLL for (int pass = 0; pass < kPasses; ++pass, p += kRowsPerPass * static_cast<uint32_t>(from.row_bytes)) {
       UNROLL for (int group = 0; group < kGroups; ++group) cp_async16(tile + to_ + place(pass, group), p + group * Tile::kSpan * 16);

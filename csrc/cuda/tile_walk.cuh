@@ -7,10 +7,12 @@ namespace attn_ext::cuda {
 
 // A tile that meets the tile at hand: of queries and their gradients, or of keys and values.
 struct alignas(16) MetTile {
-  int head, bits;              // of the query
+  int head;                    // of the query
+  int bits;                    // see below; negative: there is no tile
   const float* terms;          // RowTerms, if it is one of queries
   const char *first, *second;  // its rows in the two tensors
 
+  DEVICE static int bits_of(int tile, bool clipped, bool precise, bool partial) { return tile * 8 + clipped * 4 + precise * 2 + partial; }
   DEVICE bool exists() const { return bits >= 0; }
   DEVICE int tile() const { return bits >> 3; }
   // Needs no look at what is hidden, nor at how large a normalizer is.
@@ -24,7 +26,7 @@ struct alignas(16) MetTile {
 //
 // It is kept in shared memory, as a register in every thread for each of its numbers is more than there is: the first warp finds
 // the tiles, two turns before they are multiplied, and where they lie, so that the others only add that to addresses.
-template <class T, int Rows, bool kOfQueries, bool kAlwaysPrecise>
+template <class T, int kRows, bool kOfQueries, bool kAlwaysPrecise>
 class TileWalk {
   static constexpr uint32_t kSlots = 4;
   MetTile found_[kSlots];
@@ -45,7 +47,7 @@ class TileWalk {
     return reinterpret_cast<const char*>(head_of<T>(view, batch, head));
   }
   DEVICE static int64_t start_of_tile(const ConstTensorView& view, int tile) {
-    return static_cast<int64_t>(tile) * (Rows * static_cast<int>(bytes(view.stride_row)));
+    return static_cast<int64_t>(tile) * (kRows * static_cast<int>(bytes(view.stride_row)));
   }
 
  public:
@@ -92,7 +94,7 @@ class TileWalk {
       meet = __ballot_sync(kAllLanes, meeting != kApart);
       partial = __ballot_sync(kAllLanes, meeting == kPartial);
       if constexpr (!kAlwaysPrecise) {
-        const int64_t first_of_tile = kOfQueries ? row + static_cast<int64_t>(tile) * Rows : row;
+        const int64_t first_of_tile = kOfQueries ? row + static_cast<int64_t>(tile) * kRows : row;
         precise = __ballot_sync(kAllLanes, exists && a.rows.precise[first_of_tile / kRowBlock] != 0);
         partial |= precise;
       }
@@ -100,10 +102,10 @@ class TileWalk {
     MetTile found{0, -1, nullptr, nullptr, nullptr};
     if (meet) {
       const int bit = __ffs(static_cast<int>(meet)) - 1, tile = chunk * 32 + bit;
-      const bool clipped = (tile + 1) * Rows > whole_rows_;
+      const bool clipped = (tile + 1) * kRows > whole_rows_;
       found.head = head;
-      found.bits = tile * 8 + clipped * 4 + static_cast<int>(precise >> bit & 1) * 2 + static_cast<int>(partial >> bit & 1);
-      if constexpr (kOfQueries) found.terms = a.rows.terms + (row + static_cast<int64_t>(tile) * Rows) * RowTerms::kFloats;
+      found.bits = MetTile::bits_of(tile, clipped, precise >> bit & 1, partial >> bit & 1);
+      if constexpr (kOfQueries) found.terms = a.rows.terms + (row + static_cast<int64_t>(tile) * kRows) * RowTerms::kFloats;
       found.first = first_row + start_of_tile(first(a), tile), found.second = second_row + start_of_tile(second(a), tile);
       meet &= meet - 1;
     }
@@ -116,6 +118,43 @@ class TileWalk {
   }
   DEVICE BlockTile own() const { return own_; }
   DEVICE const MetTile& at(uint32_t turn) const { return found_[turn % kSlots]; }
+  // Calls visit(whether the tile is partial) for one turn after the other; `turn` is the one at hand.
+  template <class Visit>
+  DEVICE void for_each(uint32_t& turn, const Visit& visit) const {
+    while (at(turn).exists()) {
+      for (; at(turn).is_whole(); ++turn) visit(std::false_type());
+      for (; at(turn).is_partial(); ++turn) visit(std::true_type());
+    }
+  }
 };
+
+// Copies tiles of a tensor by a TileCopy, wherever they start.
+template <class Copy>
+class MetCopy {
+  const Copy& copy_;
+  const ConstTensorView& tensor_;
+  decltype(Copy::own_chunk(tensor_)) own_chunk_;
+
+ public:
+  DEVICE MetCopy(const Copy& copy, const ConstTensorView& tensor) : copy_(copy), tensor_(tensor), own_chunk_(Copy::own_chunk(tensor)) {}
+  DEVICE Rows rows(const char* first, int left) const {
+    return {first + own_chunk_(), static_cast<int>(Copy::row_bytes(tensor_)), left};
+  }
+  DEVICE void clipped(uint32_t to, const Rows& from) const { copy_.clipped(to, from, 0); }
+  DEVICE void unclipped(uint32_t to, const Rows& from) const { copy_.unclipped(to, from); }
+};
+
+// Copies what a block needs of a met tile; left: how many rows there are from its first on.
+template <class First, class Second>
+DEVICE void copy_met(const MetTile& tile, int left, const First& first, uint32_t first_to, const Second& second, uint32_t second_to) {
+  const Rows first_rows = first.rows(tile.first, left), second_rows = second.rows(tile.second, left);
+  if (tile.is_clipped()) {
+    first.clipped(first_to, first_rows);
+    second.clipped(second_to, second_rows);
+  } else {
+    first.unclipped(first_to, first_rows);
+    second.unclipped(second_to, second_rows);
+  }
+}
 
 }  // namespace attn_ext::cuda

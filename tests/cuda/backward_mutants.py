@@ -101,7 +101,9 @@ MUTANTS = (
         "if (threadIdx.x == kThreads) continue;",
     ),
     # Tiles and copies
-    plain("rows past the end are read", WALK, "(tile + 1) * Rows > whole_rows_", "tile * Rows > whole_rows_"),
+    plain(
+        "rows past the end are read", WALK, "(tile + 1) * kRows > whole_rows_", "tile * kRows > whole_rows_"
+    ),
     plain(
         "columns past the end are read",
         WALK,
@@ -122,9 +124,6 @@ MUTANTS = (
         "thread % Tile::kSpan * row_bytes(tensor)",
     ),
     plain("tiles are not moved to their stage", "cuda/mma.cuh", "result.rows += by, ", ""),
-    single(
-        "own rows in the stage of others", "cuda/fma.cuh", "result.shared += by;", "result.own_row += by;"
-    ),
     Mutant(
         "terms of the first rows",
         KEY,
@@ -309,7 +308,7 @@ MUTANTS = (
     plain(
         "precise by the rows of another tile",
         WALK,
-        "kOfQueries ? row + static_cast<int64_t>(tile) * Rows : row;",
+        "kOfQueries ? row + static_cast<int64_t>(tile) * kRows : row;",
         "row;",
     ),
     Mutant(

@@ -183,7 +183,7 @@ MUTANTS = (
         "outgrown |= fused(x, factor_, -row_[mi][h].m) > bound_",
         "outgrown |= fused(x, factor_, -row_[mi][h].m) > 1e30f",
     ),
-    Mutant("the maximum always moves", SOFTMAX, "> bound_;", "> -1000.f;"),
+    Mutant("the maximum always moves", SOFTMAX, "> bound_[mi];", "> -1000.f;"),
     Mutant("weights grow to 2^127", SOFTMAX, "kSlack = 8.f", "kSlack = 120.f"),
     Mutant("no headroom", SOFTMAX, "kExponent = kHeadroom + kSlack", "kExponent = 0.f"),
     Mutant(
@@ -199,8 +199,8 @@ MUTANTS = (
     Mutant(
         "huge scores as any other",
         SOFTMAX,
-        "bound_ = __any_sync(kAllLanes, huge) ? -INFINITY : kBound;",
-        "bound_ = kBound;",
+        "bound_[mi] = __any_sync(kAllLanes, huge) ? -INFINITY : kBound;",
+        "bound_[mi] = kBound;",
     ),
     Mutant(
         "headroom stays in lse",

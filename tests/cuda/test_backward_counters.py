@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import pytest
@@ -61,16 +62,26 @@ class Ran(NamedTuple):
         return self.launch["barriers"] - 2 * self.blocks - each * self.visits
 
     def read(self, copy: str) -> int:
-        """Bytes of global memory that this copy read."""
+        """Bytes of global memory that this copy read, of its own or by copy_met."""
+        met = (
+            ("query_copy", "grad_copy")
+            if isinstance(self.variant, KeyVariant)
+            else ("key_copy", "value_copy")
+        )
+        name = dict(zip(met, ("first", "second"), strict=True)).get(copy, copy)
         sites = (site for site in self.sites if site["space"] == "global" and site["operation"] == "read")
-        return sum(site["lanes"] * site["bytes"] for site in sites if f"{copy}." in source_line(site))
+        return sum(
+            site["lanes"] * site["bytes"]
+            for site in sites
+            if any(line.lstrip().startswith(f"{name}.") for line in source_lines(site))
+        )
 
 
-def source_line(site: dict[str, Any]) -> str:
-    """The line of the kernel that an access belongs to."""
-    place = next(place for place in site["where"].split(" < ") if place.startswith("flash_"))
-    name, _, line = place.partition(":")
-    return (ROOT / "csrc" / "cuda" / name).read_text().splitlines()[int(line) - 1]
+def source_lines(site: dict[str, Any]) -> Iterator[str]:
+    """The lines that an access belongs to, of the kernel and of what it calls."""
+    for place in site["where"].split(" < "):
+        name, _, line = place.partition(":")
+        yield (ROOT / "csrc" / "cuda" / name).read_text().splitlines()[int(line) - 1]
 
 
 def differentiate(
