@@ -35,7 +35,7 @@ class TileWalk {
   int64_t row_;                        // the own tile's first among all queries, or the head's first
   const char *first_, *second_;        // the head in the tensors
   int head_, heads_left_;
-  int tiles_, chunk_;                  // of a head, and which 32 of them are being met
+  int tiles_, chunk_;                  // of a head (no gap is left: nvcc loads four words at once), and which 32 are being met
   uint32_t meet_, partial_, precise_;  // a bit for each that is left of the chunk
   int whole_rows_;                     // before these, tiles are not clipped
 
